@@ -1,0 +1,22 @@
+"""Settings that every test shares: one thread, and property tests that print how to repeat a failure."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+os.environ.pop("YOPO_MASS", None)  # the caller's shell must not change what is tested
+
+settings.register_profile(
+    "yopo",
+    deadline=None,
+    print_blob=True,
+    database=None,
+    # derandomized by default: a red run is red for everybody; YOPO_RANDOM=1 looks further each time
+    derandomize=not os.environ.get("YOPO_RANDOM"),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("yopo")

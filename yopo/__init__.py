@@ -1,0 +1,26 @@
+"""Prune the visual computation of a multimodal LLM once per model, and really skip it.
+
+YOPO, "You Only Prune Once", arXiv 2410.06169. `import yopo.patch` before LLaVA, or
+`yopo.apply(model, plan)` on a model in hand. Only the public names live here; they load on first
+use, so that `import yopo` stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attach import apply, plan_of, remove
+    from .plan import PruningPlan
+
+__version__ = "0.1.0"
+__all__ = ["PruningPlan", "__version__", "apply", "plan_of", "remove"]
+
+_HOME = {"PruningPlan": ".plan", "apply": ".attach", "remove": ".attach", "plan_of": ".attach"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,82 @@
+"""Checks of single values, each an error that names the field, the value and what is allowed.
+
+Nothing here knows of plans, files or configs.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+
+import numpy as np
+import torch
+
+
+def as_mask(name: str, values: object) -> torch.Tensor:
+    """`values` (tensor, ndarray or nested lists of 0/1) as a fresh (L, H) bool tensor on the CPU.
+
+    Raises ValueError that names `name`, the first offending index and its value.
+    """
+    cells = _cells(name, values)
+    if cells.ndim != 2 or 0 in cells.shape:
+        raise ValueError(
+            f"{name} must have two dimensions (layers, heads), each row as long as the others and "
+            f"none empty; got shape {cells.shape}"
+        )
+    for index, cell in np.ndenumerate(cells):
+        if not (isinstance(cell, bool | int | float | np.number | np.bool_) and cell in (0, 1)):
+            raise ValueError(f"{name}[{index[0]}, {index[1]}] is {cell!r}; allowed: 0, 1")
+    # An explicit device: models are built under torch.device("meta") in transformers 5.
+    return torch.tensor(cells.astype(bool).tolist(), dtype=torch.bool, device="cpu")
+
+
+def integer(field: str, value: object, low: int, high: int | None) -> int:
+    """`value` as an int, if it is a whole number in low..high (ValueError otherwise)."""
+    allowed = f"whole numbers from {low}" + ("" if high is None else f" to {high}")
+    # bool is an int in Python; `window: true` in a config is a mistake all the same.
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
+        raise ValueError(f"{field} is {value!r}; allowed: {allowed}")
+    return int(value)
+
+
+def ratio(field: str, value: object) -> float:
+    """`value` as a float, if it is a finite number >= 1 (ValueError otherwise)."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    try:
+        number = float(value) if real else math.nan
+    except OverflowError:  # a whole number no float holds; JSON allows it
+        number = math.inf
+    if not 1 <= number < math.inf:
+        raise ValueError(
+            f"{field} is {value!r}; allowed: finite numbers from 1 to the model's intermediate_size"
+        )
+    return number
+
+
+def as_shares(name: str, values: object, shape: tuple[int, int]) -> torch.Tensor:
+    """`values`, (L, H) numbers in [0, 1], as a fresh float32 tensor on the CPU.
+
+    Raises ValueError that names `name` and the shape, or the first offending index and its value.
+    """
+    cells = _cells(name, values)
+    if cells.shape != shape:
+        raise ValueError(f"{name} has shape {cells.shape}; allowed: head_keep's, {shape}")
+    for (layer, head), cell in np.ndenumerate(cells):
+        real = isinstance(cell, Real) and not isinstance(cell, bool)
+        if not real or not 0 <= cell <= 1:
+            raise ValueError(f"{name}[{layer}, {head}] is {cell!r}; allowed: 0 to 1")
+    return torch.tensor(cells.tolist(), dtype=torch.float32, device="cpu")
+
+
+def _cells(name: str, values: object) -> np.ndarray:
+    """The elements of a tensor, ndarray or nested lists, each as it was given."""
+    if isinstance(values, torch.Tensor):
+        if values.is_meta:
+            raise ValueError(f"{name} is a meta tensor, which has no values; make it on the CPU")
+        values = values.detach().tolist()
+    try:
+        # dtype=object: otherwise one string among the numbers would make strings of them all.
+        return np.array(values, dtype=object)
+    except ValueError as error:  # rows of different depth
+        raise ValueError(f"{name} must be a rectangular (layers, heads) array: {error}") from error

@@ -1,0 +1,118 @@
+"""Every difference between versions of transformers and torch, with its reason; no other file asks
+for a version."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+__all__ = [
+    "DynamicCache",
+    "clear_dynamic_cache",
+    "read_stock_cache",
+    "require_transformers",
+    "rope",
+]
+
+# ---------------------------------------------------------------------------- supported versions
+
+OLDEST, NEWEST = (4, 36), (5, 23)  # transformers, as tested; the shapes of Cache set the lower end
+OLDEST_TORCH = (2, 1)  # scaled_dot_product_attention(scale=), torch.compiler
+
+
+def require_transformers(version: str | None = None, torch_version: str | None = None) -> None:
+    """Raises ImportError unless the installed (or named) versions are supported.
+
+    YOPO_ANY_TRANSFORMERS=1 turns a refused transformers into a warning.
+    """
+    version = version or transformers.__version__
+    torch_version = torch_version or torch.__version__
+    if Version(torch_version).release < OLDEST_TORCH:
+        raise ImportError(
+            f"yopo needs torch {_dotted(OLDEST_TORCH)} or newer and found {torch_version}: "
+            f"pip install 'torch>={_dotted(OLDEST_TORCH)}'"
+        )
+    problem = _unsupported(version)
+    if problem is None:
+        return
+    if os.environ.get("YOPO_ANY_TRANSFORMERS") == "1":
+        warnings.warn(f"{problem}; going on, as YOPO_ANY_TRANSFORMERS=1 says", stacklevel=2)
+        return
+    following = f"{NEWEST[0]}.{NEWEST[1] + 1}"
+    raise ImportError(
+        f"{problem}. Supported are {_dotted(OLDEST)}.x to {_dotted(NEWEST)}.x without 5.0.0: pip "
+        f"install 'transformers>={_dotted(OLDEST)},<{following},!=5.0.0', or set "
+        "YOPO_ANY_TRANSFORMERS=1 to try this one as it is"
+    )
+
+
+def _unsupported(version: str) -> str | None:
+    release = Version(version).release  # of a pre-release, the release that it leads to
+    if release[:3] == (5, 0, 0):
+        return f"transformers {version} tokenises LLaVA's prompts differently from all others"
+    if release[:2] < OLDEST:
+        return f"transformers {version} is older than any that yopo knows"
+    if release[:2] > NEWEST:
+        return f"transformers {version} is newer than any that yopo was tested with"
+    return None
+
+
+def _dotted(release: tuple[int, ...]) -> str:
+    return ".".join(map(str, release))
+
+
+# ---------------------------------------------------------------------- rotary position angles
+
+
+def rope(model: nn.Module, x: Tensor, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, n, D) of `position_ids` (B, n), in x's dtype; `length` is that of the whole
+    sequence.
+
+    From the model's own module, so that scaled variants hold: `model.rotary_emb` from 4.43 on, each
+    attention's before; (x, position_ids) from 4.38 on, (x, seq_len) tables before.
+    """
+    rotary = getattr(model, "rotary_emb", None) or model.layers[0].self_attn.rotary_emb
+    if "position_ids" in inspect.signature(rotary.forward).parameters:
+        return rotary(x, position_ids)
+    cos, sin = rotary(x, seq_len=max(length, int(position_ids.max()) + 1))
+    return cos[position_ids], sin[position_ids]
+
+
+# -------------------------------------------------------------------------------------- caches
+
+
+def read_stock_cache(cache: Any) -> list[tuple[Tensor, Tensor]]:
+    """(keys, values), each (B, H, past, D), of every layer that stock code filled; [] for an empty
+    one or None.
+
+    Layer objects from 4.54 on, two lists before, tuples of tuples up to 4.41.
+    """
+    if cache is None:
+        return []
+    if isinstance(cache, tuple | list):
+        return [(layer[0], layer[1]) for layer in cache]
+    layers = getattr(cache, "layers", None)
+    if layers is not None:
+        return [
+            (layer.keys, layer.values)
+            for layer in layers
+            if getattr(layer, "keys", None) is not None
+        ]
+    return list(
+        zip(getattr(cache, "key_cache", ()), getattr(cache, "value_cache", ()), strict=True)
+    )
+
+
+def clear_dynamic_cache(cache: Any) -> None:
+    """Lets go of the tensors in a DynamicCache, whichever lists this version holds them in."""
+    for name in ("layers", "key_cache", "value_cache"):
+        if isinstance(vars(cache).get(name), list):
+            setattr(cache, name, [])

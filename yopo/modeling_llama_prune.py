@@ -1,0 +1,219 @@
+"""LlamaModel and LlamaForCausalLM that skip what a plan prunes: subclasses of the installed ones.
+
+Only what differs from stock: without a plan, or with one and no image, stock's own forward runs.
+Knows nothing of LLaVA, files or patching; the mathematics is in engine.py and attention.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama import modeling_llama as stock
+
+from . import engine
+from ._compat import rope
+from .cache import VisualCache
+from .inputs import (
+    may_show_image,
+    past_length,
+    positions,
+    refuse_split_image,
+    resolve_layout,
+    valid_tokens,
+)
+from .layout import CALL, Grid, call
+from .plan import PruningPlan
+
+# The released classes: patch.py puts ours in their place in the module.
+StockLlamaModel, StockLlamaForCausalLM = stock.LlamaModel, stock.LlamaForCausalLM
+
+SUBCLASS_HOOKS: list[Callable[[type], None]] = []  # told of each class derived from ours
+
+
+class PrunedModelMixin:
+    """A decoder stack whose forward follows `yopo_plan`, put before the stock class."""
+
+    yopo_plan: PruningPlan | None = None
+    _yopo_stack: engine.Stack | None = None
+
+    def set_plan(self, plan: PruningPlan | None) -> None:
+        """Prunes by `plan` from now on; None: as stock. Raises ValueError if it does not fit."""
+        if plan is not None:
+            plan.validate(self.config)
+        self.yopo_plan = plan
+        self._yopo_stack = None
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple:
+        """As stock's. The visual tokens are those of the call in progress (layout.py).
+
+        Raises ValueError where a pruned pass cannot be right: output_attentions, an image split by
+        a chunk under a bidirectional window, a mask other than padding, a cache of another kind.
+        """
+        flags = {
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+        }
+        given = {name: value for name, value in flags.items() if value is not None}
+
+        def as_stock() -> Any:
+            return super(PrunedModelMixin, self).forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **given,
+                **kwargs,
+            )
+
+        if self.yopo_plan is None:
+            return as_stock()
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+            return as_stock()  # which knows what to say of it
+        batch, n = tokens.shape[:2]
+        past = past_length(past_key_values)
+        embedded = input_ids is None
+        known = CALL.get()
+        if not may_show_image(known, past_key_values, past, batch, n, embedded, self.config):
+            return as_stock()
+        valid = valid_tokens(attention_mask, past_key_values, batch, past, n)
+        layout = resolve_layout(known, past_key_values, past, valid[:, past:], self.config)
+        if not layout.visual.any() and not isinstance(past_key_values, VisualCache):
+            return as_stock()
+
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError(
+                "output_attentions=True: a pruned pass never forms the attention matrix; ask for "
+                "it without images, or of the model without its plan (yopo.remove)"
+            )
+        if self._yopo_stack is None:
+            self._yopo_stack = engine.Stack.build(self.config, self.yopo_plan)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache is None:
+            use_cache = self.config.use_cache
+        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        refuse_split_image(self.yopo_plan, layout, past_key_values)
+        cache = VisualCache.adopt(
+            past_key_values, batch, valid[:, :past], self._yopo_stack.kv_heads()
+        )
+        position_ids = positions(position_ids, batch, past, n, inputs_embeds.device)
+        cos, sin = rope(self, inputs_embeds, position_ids, past + n)
+        wanted = output_hidden_states
+        if wanted is None:
+            wanted = getattr(self.config, "output_hidden_states", False)
+        hidden_states: list[Tensor] | None = [] if wanted else None
+        keep_cache = (use_cache and not checkpointing) or past_key_values is not None
+        out = engine.run(
+            self.layers,
+            self._yopo_stack,
+            self.yopo_plan,
+            layout,
+            inputs_embeds,
+            cos,
+            sin,
+            valid,
+            cache,
+            keep_cache,
+            self.training,
+            self._gradient_checkpointing_func if checkpointing else None,
+            hidden_states,
+        )
+        out = self.norm(out)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=out,
+            past_key_values=cache if keep_cache else None,
+            hidden_states=None if hidden_states is None else (*hidden_states, out),
+        )
+        return output.to_tuple() if return_dict is False else output
+
+
+class PrunedCausalLMMixin:
+    """A causal LM whose forward takes where the visual tokens are, put before the stock class."""
+
+    def forward(
+        self,
+        *args: Any,
+        visual_mask: Tensor | None = None,
+        visual_grids: Sequence[Sequence[Grid]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As stock's, and:
+
+        visual_mask: (B, n) bool, True at the visual tokens of this call's rows.
+        visual_grids: for each batch row the (rows, cols) of its images in order; None: each run of
+            visual tokens is one square grid.
+
+        Raises ValueError if they do not fit the tokens or each other.
+        """
+        if visual_mask is None:
+            if visual_grids is not None:
+                raise ValueError("visual_grids is given without visual_mask; pass both")
+            return super().forward(*args, **kwargs)
+        with call(visual_mask=visual_mask, grids=visual_grids):
+            return super().forward(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        visual = {name: kwargs.pop(name, None) for name in ("visual_mask", "visual_grids")}
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        return {**inputs, **{name: value for name, value in visual.items() if value is not None}}
+
+
+class LlamaModel(PrunedModelMixin, StockLlamaModel):
+    def __init__(self, config: Any) -> None:
+        plan = PruningPlan.from_config(config)  # first: a plan that cannot be costs no loading
+        super().__init__(config)
+        self.set_plan(plan)
+
+
+class _Llama(StockLlamaForCausalLM):
+    """`super(LlamaForCausalLM, self).__init__(config)`, as LLaVA calls it to skip the language
+    model's own constructor, must skip stock's too, or it would build a second LlamaModel and shift
+    the random state."""
+
+    def __init__(self, config: Any) -> None:
+        super(StockLlamaForCausalLM, self).__init__(config)
+
+
+class LlamaForCausalLM(PrunedCausalLMMixin, _Llama):
+    def __init__(self, config: Any) -> None:
+        StockLlamaForCausalLM.__init__(self, config)
+        if not isinstance(self.model, PrunedModelMixin):  # unless patched, stock builds stock's
+            self.model.__class__ = LlamaModel
+            self.model.set_plan(PruningPlan.from_config(config))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for hook in SUBCLASS_HOOKS:
+            hook(cls)
+
+
+def _truthful(forward: Callable[..., Any]) -> inspect.Signature:
+    """Stock's signature with our two arguments: generate() and Trainer look names up there."""
+    parameters = list(inspect.signature(forward).parameters.values())
+    ours = list(inspect.signature(PrunedCausalLMMixin.forward).parameters.values())[2:4]
+    end = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    return inspect.Signature(parameters[:end] + ours + parameters[end:])
+
+
+PrunedCausalLMMixin.forward.__signature__ = _truthful(StockLlamaForCausalLM.forward)

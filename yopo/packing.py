@@ -1,0 +1,83 @@
+"""Packed rows: the tokens of one kind (text, or visual) of a batch as one 2-D tensor without
+padding, and back.
+
+Index arithmetic only. Attention alone needs the batch dimension; `pad` and `unpad` are a view where
+every row of the batch has equally many tokens of the kind, and one gather otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def to_device(x: T, device: torch.device) -> T:
+    """`x` with every tensor in it moved: a tensor, a tuple, a dataclass of these, or anything else
+    as it is.
+    """
+    if isinstance(x, Tensor):
+        return x.to(device, non_blocking=True)
+    if isinstance(x, tuple):
+        return tuple(to_device(part, device) for part in x)
+    if is_dataclass(x):
+        return replace(x, **{f.name: to_device(getattr(x, f.name), device) for f in fields(x)})
+    return x
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The N tokens of one kind in a batch of `batch` rows; W is the most that one row has.
+
+    rows: (N,) int64, positions in the flattened (B·n) batch, in order.
+    order: (B, W) int64, place of each padded slot's token in its row's whole sequence; -1 in empty
+    slots.
+    gather: (B·W,) packed index of each padded slot (0 in empty ones); None where no slot is empty.
+    scatter: (N,) padded slot of each packed row; None with `gather`.
+    """
+
+    batch: int
+    width: int
+    rows: Tensor
+    order: Tensor
+    gather: Tensor | None
+    scatter: Tensor | None
+
+    @classmethod
+    def build(cls, chosen: Tensor, past: int) -> Packing:
+        """Packs the tokens where `chosen` (B, n) bool; the first column is position `past` of the
+        sequence.
+        """
+        batch, n = chosen.shape
+        counts = chosen.sum(1)
+        width = int(counts.max()) if batch else 0
+        rows = chosen.flatten().nonzero().flatten()
+        row, column = rows // max(n, 1), rows % max(n, 1)
+        rank = (chosen.long().cumsum(1) - 1).flatten()[rows]
+        slot = row * width + rank
+        order = torch.full((batch * width,), -1, dtype=torch.int64, device=chosen.device)
+        order[slot] = column + past
+        gather = scatter = None
+        if len(rows) != batch * width:
+            gather = torch.zeros(batch * width, dtype=torch.int64, device=chosen.device)
+            gather[slot] = torch.arange(len(rows), device=chosen.device)
+            scatter = slot
+        return cls(batch, width, rows, order.view(batch, width), gather, scatter)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(N, H, D) packed to (B, H, W, D); empty slots repeat some packed row, to be masked."""
+        if self.gather is not None:
+            x = x[self.gather]
+        return x.unflatten(0, (self.batch, self.width)).transpose(1, 2)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """(B, H, W, D) to packed (N, H, D)."""
+        x = x.transpose(1, 2).flatten(0, 1)
+        return x if self.scatter is None else x[self.scatter]

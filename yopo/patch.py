@@ -1,0 +1,92 @@
+"""Swaps yopo's Llama classes into the installed transformers, and out again: `enable`, `undo`,
+`patched`. Importing this module enables. It holds no model code and no mathematics.
+
+The Auto classes look names up in `transformers.models.llama` each time they are used, so they
+follow without being touched.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+
+from . import _compat, llava
+
+_MODULES = ("transformers.models.llama.modeling_llama", "transformers.models.llama", "transformers")
+_NAMES = ("LlamaModel", "LlamaForCausalLM")
+
+_replaced: list[tuple[ModuleType, str, type]] = []  # what undo() puts back; empty: not enabled
+
+
+def enable() -> None:
+    """Puts yopo's LlamaModel and LlamaForCausalLM where transformers keeps its own.
+
+    Does nothing when that is so already. LLaVA classes built on them are instrumented as they
+    come into being; see llava.py.
+
+    Raises ImportError: an unsupported transformers, or LLaVA was imported before the first enable.
+    """
+    if _replaced:
+        return
+    _compat.require_transformers()
+    # After the version check: this module cannot even be imported on a foreign transformers.
+    ours = import_module(".modeling_llama_prune", __package__)
+    modules = [import_module(name) for name in _MODULES]
+    _refuse_early_llava(modules[0].LlamaForCausalLM, ours.LlamaForCausalLM)
+    for module in modules:
+        for name in _NAMES:
+            _replaced.append((module, name, getattr(module, name)))
+            setattr(module, name, getattr(ours, name))
+    if llava.instrument not in ours.SUBCLASS_HOOKS:  # stays after undo(), see there
+        ours.SUBCLASS_HOOKS.append(llava.instrument)
+
+
+def undo() -> None:
+    """Leaves transformers as it was before enable(); does nothing when not enabled.
+
+    Models and LLaVA classes made meanwhile stay what they are: a model that was loaded with a plan
+    goes on by it, and so must go on learning where its visual tokens are.
+    """
+    for module, name, stock in _replaced:
+        setattr(module, name, stock)
+    _replaced.clear()
+
+
+@contextmanager
+def patched() -> Iterator[None]:
+    """Enabled within the block; afterwards enabled or not as it was before."""
+    was_enabled = bool(_replaced)
+    enable()
+    try:
+        yield
+    finally:
+        if not was_enabled:
+            undo()
+
+
+def _descendants(cls: type) -> Iterator[type]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _descendants(child)
+
+
+def _refuse_early_llava(stock: type, ours: type) -> None:
+    """Raises ImportError where a LLaVA class was already built on transformers' own class."""
+    for cls in _descendants(stock):
+        if issubclass(cls, ours) or not llava.is_llava(cls):
+            continue
+        module = sys.modules.get(cls.__module__)
+        if getattr(module, cls.__name__, None) is cls:  # else: built and dropped, or not to be had
+            raise ImportError(
+                f"{cls.__module__} was imported before yopo.patch, so its {cls.__name__} is built "
+                "on transformers' own LlamaForCausalLM and would never be pruned. Put `import "
+                "yopo.patch` above the first import of llava, or run the program unchanged with "
+                "`python -m yopo run -m MODULE …`, or call yopo.apply(model, plan) on a model "
+                "that is loaded already (that needs no patch)."
+            )
+
+
+enable()
