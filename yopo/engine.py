@@ -223,22 +223,19 @@ def _visual_queries(
 
 @dataclass(frozen=True)
 class Stack:
-    """What the engine needs of a model: its decoder layers, how many kv heads, which FFN neurons
-    visual rows use.
-    """
+    """A plan worked out for one model: each layer's part, how many FFN neurons visual rows use, and
+    what attention needs of the config."""
 
-    layers: list[nn.Module]
     plans: list[LayerPlan]
     neurons: int
     head_dim: int
     dropout: float
 
     @classmethod
-    def build(cls, layers: nn.ModuleList, config: Any, plan: PruningPlan) -> Stack:
+    def build(cls, config: Any, plan: PruningPlan) -> Stack:
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         return cls(
-            layers=list(layers),
             plans=[LayerPlan.build(plan, layer, kv_heads) for layer in range(plan.num_layers)],
             neurons=plan.ffn_neurons(config.intermediate_size),
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -259,6 +256,7 @@ def execution_device(layer: nn.Module) -> torch.device:
 
 
 def run(
+    layers: nn.ModuleList,
     stack: Stack,
     plan: PruningPlan,
     layout: VisualLayout,
@@ -315,7 +313,7 @@ def run(
         return merged.index_copy(0, rows_at.to(every.device), every).unflatten(0, (batch, n))
 
     here: tuple[Pass, torch.device] | None = None
-    for layer, layer_plan, stores in zip(stack.layers, stack.plans, cache.stores, strict=True):
+    for layer, layer_plan, stores in zip(layers, stack.plans, cache.stores, strict=True):
         if hidden_states is not None:
             hidden_states.append(merge())
         if stopped is None and not layer_plan.runs_visual:
