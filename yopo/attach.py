@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 from torch import nn
 
 from . import modeling_llama_prune as prune
-from ._compat import require_transformers
-from .llava import instrument
+from ._compat import exchange_class, require_transformers
+from .llava import instrument, is_llava
 from .plan import RELEASED_FIELDS, PruningPlan
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_CLASSES: dict[tuple[type, type], type] = {}  # (stock class, mixin) → the class with the mixin
+_CLASSES: dict[tuple[type, ...], type] = {}  # bases → the class made of them
 _PLAN_FIELDS = ("yopo", *RELEASED_FIELDS)
 
 
@@ -39,8 +39,8 @@ def apply(model: Model, plan: PruningPlan) -> Model:
         present = [name for name in _PLAN_FIELDS if hasattr(causal.config, name)]
         fields = {name: copy.deepcopy(getattr(causal.config, name)) for name in present}
         causal._yopo_before = (type(causal), type(stack), fields)
-    _exchange_class(stack, _with_mixin(type(stack), prune.PrunedModelMixin))
-    _exchange_class(causal, _with_mixin(type(causal), prune.PrunedCausalLMMixin))
+    exchange_class(stack, _with_mixin(type(stack), prune.PrunedModelMixin))
+    exchange_class(causal, _pruned_causal(type(causal)))
     stack.set_plan(plan)
     plan.save_to(causal.config)
     return model
@@ -62,8 +62,8 @@ def remove(model: Model) -> Model:
         causal.model.set_plan(None)
         for attribute in ("yopo_plan", "_yopo_stack"):
             vars(causal.model).pop(attribute, None)
-    _exchange_class(causal.model, stack_class)
-    _exchange_class(causal, causal_class)
+    exchange_class(causal.model, stack_class)
+    exchange_class(causal, causal_class)
     for name in _PLAN_FIELDS:
         if hasattr(causal.config, name):
             delattr(causal.config, name)
@@ -90,17 +90,25 @@ def _causal_lm(model: nn.Module) -> Any:
     )
 
 
+def _pruned_causal(stock: type) -> type:
+    """The class that tells `stock`'s decoder stack where the visual tokens are."""
+    if not is_llava(stock):
+        return _with_mixin(stock, prune.PrunedCausalLMMixin)
+    # LLaVA's forward has no room for visual_mask: there the layout comes with its images.
+    cls = _derived(stock, (stock,))
+    instrument(cls)
+    return cls
+
+
 def _with_mixin(stock: type, mixin: type) -> type:
-    if issubclass(stock, mixin):
+    return stock if issubclass(stock, mixin) else _derived(stock, (mixin, stock))
+
+
+def _derived(stock: type, bases: tuple[type, ...]) -> type:
+    """A class of `bases` under the name of `stock`, the same one each time."""
+    if stock in _CLASSES.values():
         return stock
-    if (stock, mixin) not in _CLASSES:
+    if bases not in _CLASSES:
         names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
-        _CLASSES[stock, mixin] = type(stock.__name__, (mixin, stock), names)
-        instrument(_CLASSES[stock, mixin])
-    return _CLASSES[stock, mixin]
-
-
-def _exchange_class(module: nn.Module, cls: type) -> None:
-    module.__class__ = cls
-    if "_old_forward" in vars(module):  # accelerate's hooks call the bound method that they found
-        module._old_forward = cls.forward.__get__(module)
+        _CLASSES[bases] = type(stock.__name__, bases, names)
+    return _CLASSES[bases]

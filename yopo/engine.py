@@ -227,17 +227,18 @@ class Stack:
     what attention needs of the config."""
 
     plans: list[LayerPlan]
-    neurons: int
+    neurons: int | None  # None: all
     head_dim: int
     dropout: float
 
     @classmethod
     def build(cls, config: Any, plan: PruningPlan) -> Stack:
         heads = config.num_attention_heads
+        neurons = plan.ffn_neurons(config.intermediate_size)
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         return cls(
             plans=[LayerPlan.build(plan, layer, kv_heads) for layer in range(plan.num_layers)],
-            neurons=plan.ffn_neurons(config.intermediate_size),
+            neurons=None if neurons == config.intermediate_size else neurons,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             dropout=getattr(config, "attention_dropout", 0.0) or 0.0,
         )
@@ -250,9 +251,11 @@ class Stack:
 def execution_device(layer: nn.Module) -> torch.device:
     """Where a layer computes; for one that accelerate offloads, the device that its hook names."""
     weight = next(layer.parameters())
-    hook = getattr(layer, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None) if weight.is_meta else None
-    return weight.device if device is None else torch.device(device)
+    if not weight.is_meta:
+        return weight.device
+    hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next(device for device in devices if device is not None))
 
 
 def run(
@@ -339,12 +342,11 @@ def _layer(
     plan: LayerPlan,
     p: Pass,
     stores: tuple[HeadStore, HeadStore],
-    neurons: int,
+    neurons: int | None,
 ) -> Tensor:
     """One decoder layer on packed rows (N, d), text first → (N, d)."""
-    if (
-        not p.keep
-    ):  # so that keys and values go with the layer, and a checkpointed layer can be run again
+    if not p.keep:
+        # Keys and values then go with the layer, and a checkpointed layer can be run again.
         stores = stores[SEEN].fork(), stores[BLIND].fork()
     rows = rows + attend_layer(layer.self_attn, layer.input_layernorm(rows), plan, p, stores)
     return rows + gated_ffn(layer.mlp, layer.post_attention_layernorm(rows), len(p.text), neurons)

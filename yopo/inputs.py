@@ -4,7 +4,6 @@ columns are visual tokens. Checks arguments and refuses what cannot be right; co
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -90,13 +89,6 @@ def resolve_layout(
         layout = _from_prompt(known.layout, before, past, n, batch)
     elif past == 0:
         layout = VisualLayout.from_released(valid, config.sprompt_len)
-        if layout.visual.any():
-            warnings.warn(
-                f"inputs_embeds of {n} tokens came without visual_mask: taking the visual tokens "
-                f"to be one 24 × 24 image after sprompt_len={config.sprompt_len} tokens, as the "
-                "released code does. Pass visual_mask (batch, tokens) to say where they are",
-                stacklevel=3,
-            )
     else:
         layout = VisualLayout.empty(batch, n)
     if bool((layout.visual & ~valid).any()):

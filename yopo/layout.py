@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -229,16 +229,24 @@ class Call:
 CALL: ContextVar[Call | None] = ContextVar("yopo_call", default=None)
 
 
+def told(visual_mask: Tensor | None, visual_grids: Sequence[Sequence[Grid]] | None) -> Call:
+    """What a user's arguments say. Raises ValueError for grids without a mask."""
+    if visual_mask is None:
+        raise ValueError("visual_grids is given without visual_mask; pass both")
+    return Call(visual_mask=visual_mask, grids=visual_grids)
+
+
 @contextmanager
-def call(
-    layout: VisualLayout | None = None,
-    visual_mask: Tensor | None = None,
-    grids: Sequence[Sequence[Grid]] | None = None,
-) -> Iterator[Call]:
-    """Opens a call; what is learnt in it is forgotten at its end. Thread- and task-local."""
-    opened = Call(layout, visual_mask, grids)
-    token = CALL.set(opened)
+def during(known: Call) -> Iterator[Call]:
+    """Opens a call; what is known of it is forgotten at its end. Thread- and task-local."""
+    token = CALL.set(known)
     try:
-        yield opened
+        yield known
     finally:
         CALL.reset(token)
+
+
+def call(layout: VisualLayout | None = None) -> AbstractContextManager[Call]:
+    """Opens a call of a prompt with this layout; None: without an image, until somebody sets
+    `layout` on what the context manager yields."""
+    return during(Call(layout))

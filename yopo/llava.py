@@ -199,13 +199,13 @@ def _layout(
 
 
 def _begun(grids: Sequence[Grid], tokens: int) -> list[Grid]:
-    """The grids that `tokens` visual tokens reach into: truncation may leave out the last ones."""
+    """The grids that `tokens` visual tokens reach into: truncation may leave out the last ones, and
+    what LLaVA leaves of a very long and thin image may have no cell at all."""
     kept: list[Grid] = []
     for rows, cols in grids:
-        if tokens <= 0:
-            break
-        kept.append((rows, cols))
-        tokens -= rows * cols
+        if tokens > 0 and rows * cols > 0:
+            kept.append((rows, cols))
+            tokens -= rows * cols
     return kept
 
 

@@ -7,16 +7,18 @@ Knows nothing of LLaVA, files or patching; the mathematics is in engine.py and a
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama import modeling_llama as stock
 
 from . import engine
-from ._compat import rope
+from ._compat import exchange_class, rope
 from .cache import VisualCache
 from .inputs import (
     may_show_image,
@@ -26,7 +28,7 @@ from .inputs import (
     resolve_layout,
     valid_tokens,
 )
-from .layout import CALL, Grid, call
+from .layout import CALL, Grid, during, told
 from .plan import PruningPlan
 
 # The released classes: patch.py puts ours in their place in the module.
@@ -40,6 +42,7 @@ class PrunedModelMixin:
 
     yopo_plan: PruningPlan | None = None
     _yopo_stack: engine.Stack | None = None
+    _yopo_warned = False
 
     def set_plan(self, plan: PruningPlan | None) -> None:
         """Prunes by `plan` from now on; None: as stock. Raises ValueError if it does not fit."""
@@ -59,9 +62,12 @@ class PrunedModelMixin:
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        visual_mask: Tensor | None = None,
+        visual_grids: Sequence[Sequence[Grid]] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
-        """As stock's. The visual tokens are those of the call in progress (layout.py).
+        """As stock's. The visual tokens are those of visual_mask (B, n), else of the call in
+        progress (layout.py).
 
         Raises ValueError where a pruned pass cannot be right: output_attentions, an image split by
         a chunk under a bidirectional window, a mask other than padding, a cache of another kind.
@@ -94,10 +100,20 @@ class PrunedModelMixin:
         past = past_length(past_key_values)
         embedded = input_ids is None
         known = CALL.get()
+        if visual_mask is not None or visual_grids is not None:
+            known = told(visual_mask, visual_grids)
         if not may_show_image(known, past_key_values, past, batch, n, embedded, self.config):
             return as_stock()
         valid = valid_tokens(attention_mask, past_key_values, batch, past, n)
         layout = resolve_layout(known, past_key_values, past, valid[:, past:], self.config)
+        if known is None and past == 0 and layout.visual.any() and not self._yopo_warned:
+            self._yopo_warned = True
+            warnings.warn(
+                f"inputs_embeds of {n} tokens came without visual_mask: taking the visual tokens "
+                f"to be one 24 × 24 image after sprompt_len={self.config.sprompt_len} tokens, as "
+                "the released code does. Pass visual_mask (batch, tokens) to say where they are",
+                stacklevel=2,
+            )
         if not layout.visual.any() and not isinstance(past_key_values, VisualCache):
             return as_stock()
 
@@ -166,16 +182,20 @@ class PrunedCausalLMMixin:
 
         Raises ValueError if they do not fit the tokens or each other.
         """
-        if visual_mask is None:
-            if visual_grids is not None:
-                raise ValueError("visual_grids is given without visual_mask; pass both")
+        if visual_mask is None and visual_grids is None:
             return super().forward(*args, **kwargs)
-        with call(visual_mask=visual_mask, grids=visual_grids):
+        with during(told(visual_mask, visual_grids)):
             return super().forward(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         visual = {name: kwargs.pop(name, None) for name in ("visual_mask", "visual_grids")}
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        mask = visual["visual_mask"]
+        if mask is not None and past_length(inputs.get("past_key_values")) == 0:
+            # Without a cache all tokens come again at each step, the generated ones with them.
+            tokens = inputs.get("inputs_embeds")
+            tokens = inputs["input_ids"] if tokens is None else tokens
+            visual["visual_mask"] = F.pad(mask, (0, tokens.shape[1] - mask.shape[1]))
         return {**inputs, **{name: value for name, value in visual.items() if value is not None}}
 
 
@@ -199,7 +219,7 @@ class LlamaForCausalLM(PrunedCausalLMMixin, _Llama):
     def __init__(self, config: Any) -> None:
         StockLlamaForCausalLM.__init__(self, config)
         if not isinstance(self.model, PrunedModelMixin):  # unless patched, stock builds stock's
-            self.model.__class__ = LlamaModel
+            exchange_class(self.model, LlamaModel)
             self.model.set_plan(PruningPlan.from_config(config))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -208,12 +228,18 @@ class LlamaForCausalLM(PrunedCausalLMMixin, _Llama):
             hook(cls)
 
 
-def _truthful(forward: Callable[..., Any]) -> inspect.Signature:
-    """Stock's signature with our two arguments: generate() and Trainer look names up there."""
-    parameters = list(inspect.signature(forward).parameters.values())
-    ours = list(inspect.signature(PrunedCausalLMMixin.forward).parameters.values())[2:4]
-    end = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    return inspect.Signature(parameters[:end] + ours + parameters[end:])
+def _tell_signature(name: str, extra: list[inspect.Parameter]) -> None:
+    """Gives the mixin's method stock's signature and our arguments: generate() looks names up in
+    it."""
+    stock_parameters = list(
+        inspect.signature(getattr(StockLlamaForCausalLM, name)).parameters.values()
+    )
+    end = len(stock_parameters)
+    end -= stock_parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+    signature = inspect.Signature(stock_parameters[:end] + extra + stock_parameters[end:])
+    getattr(PrunedCausalLMMixin, name).__signature__ = signature
 
 
-PrunedCausalLMMixin.forward.__signature__ = _truthful(StockLlamaForCausalLM.forward)
+_ours = inspect.signature(PrunedCausalLMMixin.forward).parameters
+for _name in ("forward", "prepare_inputs_for_generation"):
+    _tell_signature(_name, [_ours["visual_mask"], _ours["visual_grids"]])

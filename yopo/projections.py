@@ -47,14 +47,14 @@ def project_from_heads(module: nn.Module, x: Tensor, index: Tensor | None, heads
     return F.linear(x.flatten(1), module.weight[:, head_columns(index, x.shape[2])], module.bias)
 
 
-def gated_ffn(mlp: nn.Module, x: Tensor, n_text: int, neurons: int) -> Tensor:
+def gated_ffn(mlp: nn.Module, x: Tensor, n_text: int, neurons: int | None) -> Tensor:
     """x (N, d) → (N, d): rows from `n_text` on use only the first `neurons` of the gate, up and
-    down projections.
+    down projections; None: all.
 
     Plain weights are read once: the first neurons multiply all rows, the rest the text rows alone.
     """
     gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-    if n_text == x.shape[0] or neurons == gate.out_features:
+    if n_text == x.shape[0] or neurons is None:
         return mlp(x)
     if not all(map(is_plain, (gate, up, down))):
         hidden = mlp.act_fn(gate(x)) * up(x)
