@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attention
-from .attention import Blocks, ImageGroup, Sight, TextSight
+from .attention import Sight, TextSight, text_attention
 from .cache import HeadStore, VisualCache
 from .layout import VisualLayout
+from .neighbours import Blocks, ImageGroup, visual_attention, visual_sight
 from .packing import Packing, to_device
 from .plan import PruningPlan
 from .projections import gated_ffn, project_from_heads, project_to_heads
@@ -115,8 +115,8 @@ class Pass:
     """All that the layers of one forward share, on one device.
 
     text, visual: packings. cos, sin: (Nt + Nv, 1, D), text rows first. text_sight, visual_sight:
-    see attention.py.
-    keep: the stores stay for the next forward; spare: with room for its tokens.
+    see attention.py
+    and neighbours.py. keep: the stores stay for the next forward; spare: with room for its tokens.
     """
 
     text: Packing
@@ -187,9 +187,7 @@ def _text_queries(
     for group in plan.text:
         mine = p.text.pad(q if group.q is None else q.index_select(1, group.q))
         store = stores[group.store]
-        out = attention.text_attention(
-            mine, store, group.kv, group.sight, p.text_sight, p.scale, p.dropout
-        )
+        out = text_attention(mine, store, group.kv, group.sight, p.text_sight, p.scale, p.dropout)
         if group.text_mass is not None:
             mass = group.text_mass[:, None, None].to(out.dtype)
             out = torch.where(p.text_sight.image_before, out * mass, out)
@@ -209,7 +207,7 @@ def _visual_queries(
         count = q.shape[1] if group.q is None else len(group.q)
         mine = q[:, at : at + count]
         store = stores[group.store]
-        out = attention.visual_attention(
+        out = visual_attention(
             mine, p.visual, store, group.kv, group.sight, p.visual_sight, p.scale, p.dropout
         )
         if (
@@ -295,9 +293,7 @@ def run(
         cos=cos.flatten(0, 1)[angles].unsqueeze(1),
         sin=sin.flatten(0, 1)[angles].unsqueeze(1),
         text_sight=TextSight.build(text, cache, valid),
-        visual_sight=attention.visual_sight(
-            layout, visual, cache, valid, plan.window, plan.window_causal
-        )
+        visual_sight=visual_sight(layout, visual, cache, valid, plan.window, plan.window_causal)
         if len(visual)
         else None,
         head_dim=stack.head_dim,
