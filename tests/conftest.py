@@ -1,4 +1,4 @@
-"""Settings that every test shares: one thread, and property tests that print how to repeat a failure."""
+"""Settings every test shares: one thread; property tests that print how to repeat a failure."""
 
 from __future__ import annotations
 

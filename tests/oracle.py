@@ -143,7 +143,9 @@ def extended(layout: Any, k: int) -> Any:
     """The layout with k text tokens after it."""
     return SimpleNamespace(
         visual=F.pad(layout.visual, (0, k), value=False),
-        **{name: F.pad(getattr(layout, name), (0, k), value=-1) for name in ("image", "row", "col")},
+        **{
+            name: F.pad(getattr(layout, name), (0, k), value=-1) for name in ("image", "row", "col")
+        },
     )
 
 

@@ -1,5 +1,5 @@
 """A tiny LLaVA checkpoint with random weights, in the original package's format, for the drop-in
-tests: 4 × 4 visual tokens an image, three layers of four heads. Nothing here is learnt or loaded."""
+tests: 4 × 4 visual tokens an image, three layers of four heads. Nothing is learnt or downloaded."""
 
 from __future__ import annotations
 
@@ -80,6 +80,16 @@ def make(folder: Path, plan: PruningPlan | None = None, **config: Any) -> Path:
         del weights["model.image_newline"]
     _write_weights(checkpoint / "model.safetensors", weights)
     return checkpoint
+
+
+def in_float32(model: Any) -> Any:
+    """The loaded model in float32: in LLaVA's hard-coded float16 little could be compared."""
+    model.float()
+    for layer in model.model.layers:
+        rotary = getattr(layer.self_attn, "rotary_emb", None)
+        if hasattr(rotary, "cos_cached"):  # up to 4.37, tables made in float16
+            rotary._set_cos_sin_cache(rotary.max_seq_len_cached, "cpu", torch.float32)
+    return model
 
 
 def picture(seed: int, width: int = 40, height: int = 30) -> Any:

@@ -98,16 +98,14 @@ def test_run_without_a_target(
 ) -> None:
     assert main(["run", *arguments]) == 2
     error = capsys.readouterr().err
-    assert message in error and "usage" in error or "-m" in error
+    assert message in error and "-m MODULE" in error
     assert len(error.splitlines()) == 1
 
 
 def test_run_missing_module() -> None:
     done = run("-m", "yopo", "run", "-m", "no_such.module")
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith(
-        "yopo: error: run: no module named 'no_such.module'"
-    )
+    assert "yopo: error: run: no module named 'no_such.module'" in done.stderr.splitlines()[-1]
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,9 +204,7 @@ def test_damaged_checkpoint(
     refused(["--model-path", str(folder), "--image-file", image], message, capsys)
 
 
-def refused(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["infer", *arguments]) == 2
     got = capsys.readouterr()
     assert got.out == ""
@@ -228,9 +224,7 @@ def test_bad_image(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     for name, content in {"text.png": b"no image", "cut.png": whole[:200], "no.png": b""}.items():
         (tmp_path / name).write_bytes(content)
         image = str(tmp_path / name)
-        refused(
-            ["--model-path", str(good), "--image-file", image], "is not an image", capsys
-        )
+        refused(["--model-path", str(good), "--image-file", image], "is not an image", capsys)
     refused(
         ["--model-path", str(good), "--image-file", str(tmp_path / "none.png")],
         "there is no file",

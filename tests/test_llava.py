@@ -1,5 +1,5 @@
-"""The unmodified llava-torch package under yopo.patch: where its visual tokens are, and that what it
-computes is the oracle's. The model is tiny and random (random_llava.py)."""
+"""The unmodified llava-torch package under yopo.patch: where its visual tokens are, and that what
+it computes is the oracle's. The model is tiny and random (random_llava.py)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def load(folder: Path) -> tuple[Any, Any]:
     from llava.model.builder import load_pretrained_model
 
     _, model, processor, _ = load_pretrained_model(str(folder), None, folder.name, device="cpu")
-    return model.float(), processor  # in float16 nothing could be compared
+    return random_llava.in_float32(model), processor
 
 
 @pytest.fixture(scope="module")
@@ -396,10 +396,8 @@ def test_beams(flat: Any, config: Any) -> None:
         embeds = torch.cat([embeds.repeat_interleave(2, 0), flat.model.embed_tokens(tokens)], 1)
     mask = torch.nn.functional.pad(prepared_mask.repeat_interleave(2, 0), (0, 5), value=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = oracle_forward(
-        flat, a_plan(), embeds, extended(repeated, 5), mask, positions
-    ).logits[:, -6:-1]
-    logprobs = logits.log_softmax(-1).gather(-1, tokens[..., None]).sum((1, 2))
+    oracle = oracle_forward(flat, a_plan(), embeds, extended(repeated, 5), mask, positions)
+    logprobs = oracle.logits[:, -6:-1].log_softmax(-1).gather(-1, tokens[..., None]).sum((1, 2))
     assert not (tokens == 2).any()  # else the sums would go too far
     assert torch.allclose(out.sequences_scores.double(), logprobs, atol=1e-3)
     assert (tokens[0] != tokens[1]).any()
@@ -468,9 +466,7 @@ def test_manual_decoding_and_a_second_image(flat: Any) -> None:
     embeds, layout, _ = prepared(flat, whole, None, images)
     expected = oracle_forward(flat, a_plan(), embeds, layout).logits
     first = flat(torch.tensor([rows[0]]), images=images[:1], use_cache=True)
-    second = flat(
-        torch.tensor([rows[1]]), images=images[1:], past_key_values=first.past_key_values
-    )
+    second = flat(torch.tensor([rows[1]]), images=images[1:], past_key_values=first.past_key_values)
     got = torch.cat([first.logits, second.logits], 1)
     assert (got - expected).abs().max() < 1e-3
     more = flat(torch.tensor([[6]]), past_key_values=second.past_key_values).logits
@@ -606,7 +602,7 @@ sys.path.insert(0, sys.argv[2])
 import random_llava, yopo
 torch.set_num_threads(1)
 loaded = load_pretrained_model(sys.argv[1], None, "llava-v1-random", device="cpu")
-model, before = loaded[1].float(), type(loaded[1])
+model, before = random_llava.in_float32(loaded[1]), type(loaded[1])
 images = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
 ids = torch.tensor([[1, -200, 9, 4, 7, 12, 33], [1, 8, 4, -200, 3, 21, 34]])
 with torch.no_grad():

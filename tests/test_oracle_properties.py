@@ -1,4 +1,4 @@
-"""The engine equals the dense oracle on random batches, plans and shapes: text rows and visual rows."""
+"""The engine equals the dense oracle on random batches, plans and shapes, visual rows too."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from yopo.layout import VisualLayout, call
 from yopo.plan import PruningPlan
 
 TOLERANCE = 1e-4
+MASS = [("exact", "exact"), ("exact", "drop"), ("drop", "exact"), ("drop", "drop")]
 
 
 def check(ours: Tensor, truth: Tensor, valid: Tensor, tolerance: float = TOLERANCE) -> None:
@@ -54,10 +55,10 @@ CORNERS = {
 
 
 @pytest.mark.parametrize("prune_visual_queries", [True, False])
-@pytest.mark.parametrize("masses", [("exact", "exact"), ("exact", "drop"), ("drop", "exact"), ("drop", "drop")])
+@pytest.mark.parametrize("masses", MASS, ids="/".join)
 @pytest.mark.parametrize("name", CORNERS)
 def test_corners(name: str, masses: tuple[str, str], prune_visual_queries: bool) -> None:
-    """What a random search might miss: each place of an image, each cut, layers with no kept head."""
+    """What a random search might miss: each place of an image, each cut, no kept head."""
     shape = Shape()
     case = make_case(CORNERS[name], shape.heads * 8, pads=[(1, 0)] * len(CORNERS[name]))
     for cut in (0, 2, 3):
@@ -114,8 +115,8 @@ def test_half_precision_is_near(
         head_mass=masses[0],
         cut_mass=masses[1],
     )
-    rows = [[("text", 4), ("image", 5, 5, False), ("text", 3)], [("image", 3, 2, False), ("text", 4)]]
-    case = make_case(rows, 32, pads=[(1, 0), (1, 0)])
+    first = [("text", 4), ("image", 5, 5, False), ("text", 3)]
+    case = make_case([first, [("image", 3, 2, False), ("text", 4)]], 32, pads=[(1, 0), (1, 0)])
     model = build(shape, plan).to(dtype)
     case.inputs_embeds = case.inputs_embeds.to(dtype)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""yopo.patch puts its classes into transformers and takes them out; the version gate says why not."""
+"""yopo.patch puts its classes into transformers and takes them out; the version gate refuses."""
 
 from __future__ import annotations
 
@@ -221,10 +221,7 @@ def test_importing_enables_in_a_fresh_process() -> None:
     assert said.strip() == "yopo.modeling_llama_prune"
 
 
-@pytest.mark.parametrize(
-    "version",
-    ["4.36.0", "4.36.2", "4.37.2", "4.45.2", "4.57.6", "5.0.1", "5.1.0", "5.4.0", "5.23.0", "5.23.4"],
-)
+@pytest.mark.parametrize("version", ["4.36.0", "4.36.2", "4.57.6", "5.0.1", "5.1.0", "5.23.4"])
 def test_supported_versions(version: str) -> None:
     _compat.require_transformers(version)
 
@@ -241,9 +238,7 @@ def test_supported_versions(version: str) -> None:
         ("6.0.0", "newer"),
     ],
 )
-def test_unsupported_versions(
-    version: str, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unsupported_versions(version: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("YOPO_ANY_TRANSFORMERS", raising=False)
     with pytest.raises(ImportError) as caught:
         _compat.require_transformers(version)

@@ -1,8 +1,9 @@
-"""No plan, or no image: to the bit what the installed transformers computes. apply and remove leave no trace."""
+"""No plan, or no image: to the bit what stock computes. apply and remove leave no trace."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,28 @@ def test_seeded_construction(plan: PruningPlan | None) -> None:
 def test_inputs_embeds_of_unknown_origin_are_text_without_sprompt_len(stock: Any) -> None:
     embeds = stock.model.embed_tokens(IDS)
     same(build(SHAPE, a_plan())(inputs_embeds=embeds), stock(inputs_embeds=embeds))
+
+
+@pytest.mark.parametrize("n", [579, 600, 650])
+@torch.no_grad()
+def test_long_text_is_text(stock: Any, n: int) -> None:
+    """Longer than sprompt_len + 576, where the released code sees an image or crashes."""
+    config = SHAPE.config()
+    config.sprompt_len, config.max_position_embeddings = 3, 1024
+    a_plan().save_to(config)
+    ours = LlamaForCausalLM(config).eval()
+    ours.load_state_dict(stock.state_dict())
+    ids = torch.randint(1, VOCAB, (1, n), generator=torch.Generator().manual_seed(n))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same(ours(input_ids=ids), stock(input_ids=ids))
+        with call():
+            embeds = stock.model.embed_tokens(ids)
+            same(ours(inputs_embeds=embeds), stock(inputs_embeds=embeds))
+        part = ours(input_ids=ids[:, :-2], use_cache=True).past_key_values
+        stocks = stock(input_ids=ids[:, :-2], use_cache=True).past_key_values
+        step = ids[:, -2:]
+        same(ours(step, past_key_values=part), stock(step, past_key_values=stocks))
 
 
 @torch.no_grad()

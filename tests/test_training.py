@@ -1,4 +1,4 @@
-"""Training through the pruned pass: loss and gradients are the oracle's, whatever holds the weights."""
+"""Training through the pruned pass: loss and gradients are the oracle's, whatever the layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ ROWS = [
 
 def a_plan(head_mass: str = "exact", cut_mass: str = "exact", **changes: Any) -> PruningPlan:
     values = dict(window=3, layer_cut=2, ffn_ratio=2, head_mass=head_mass, cut_mass=cut_mass)
-    return PruningPlan(torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 1]]), **(values | changes))
+    return PruningPlan(
+        torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 1]]), **(values | changes)
+    )
 
 
 def a_case() -> tuple[Case, Tensor]:
@@ -34,7 +36,9 @@ def a_case() -> tuple[Case, Tensor]:
     return case, labels.masked_fill(case.visual | ~case.valid | first, -100)
 
 
-def oracle_gradients(model: Any, plan: PruningPlan, case: Case, labels: Tensor) -> dict[str, Tensor]:
+def oracle_gradients(
+    model: Any, plan: PruningPlan, case: Case, labels: Tensor
+) -> dict[str, Tensor]:
     model.zero_grad()
     out = oracle_forward(
         model, plan, case.inputs_embeds, case.layout, case.attention_mask, case.position_ids
@@ -134,7 +138,9 @@ def test_three_steps_of_sgd(masses: tuple[str, str]) -> None:
             if model is ours:
                 loss = model(**case.kwargs(), labels=labels).loss
             else:
-                out = oracle_forward(model, plan, case.inputs_embeds, case.layout, case.attention_mask)
+                out = oracle_forward(
+                    model, plan, case.inputs_embeds, case.layout, case.attention_mask
+                )
                 loss = oracle_loss(out.logits, labels)
             optimizer.zero_grad()
             loss.backward()
@@ -148,7 +154,10 @@ def test_three_steps_of_sgd(masses: tuple[str, str]) -> None:
     assert (out - truth.logits)[case.valid].abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("change", ["in place", "data", "load_state_dict", "new parameter", "dtype"])
+@pytest.mark.parametrize(
+    "change",
+    ["in place", "data", "data in place", "merged", "load_state_dict", "new parameter", "dtype"],
+)
 @torch.no_grad()
 def test_weights_changed_after_the_first_image(change: str) -> None:
     plan = a_plan()
@@ -161,6 +170,10 @@ def test_weights_changed_after_the_first_image(change: str) -> None:
         linear.weight.mul_(0.5)
     elif change == "data":
         linear.weight.data = linear.weight.data * 0.5
+    elif change == "data in place":  # as optimizers of old do: no version counter moves
+        linear.weight.data.mul_(0.5)
+    elif change == "merged":  # as PEFT merges an adapter
+        linear.weight.data += 0.3 * torch.ones_like(linear.weight)
     elif change == "load_state_dict":
         model.load_state_dict({name: linear.weight * 0.5}, strict=False)
     elif change == "new parameter":
@@ -173,6 +186,53 @@ def test_weights_changed_after_the_first_image(change: str) -> None:
     assert (out - truth.logits)[case.valid].abs().max() < 1e-4
 
 
+def test_training_after_inference_mode() -> None:
+    """What is kept from inference_mode (LLaVA's generate runs there) must not reach autograd."""
+    plan = a_plan()
+    case, labels = a_case()
+    model = build(SHAPE, plan)
+    with torch.inference_mode():
+        model(**case.kwargs())
+    model.train()
+    near(engine_gradients(model, case, labels), oracle_gradients(model, plan, case, labels))
+
+
+def test_a_model_built_in_inference_mode() -> None:
+    plan = a_plan()
+    case, _ = a_case()
+    with torch.inference_mode():
+        model = build(SHAPE, plan)
+        for _ in range(2):
+            out = model(**case.kwargs()).logits
+        truth = oracle_forward(model, plan, case.inputs_embeds, case.layout, case.attention_mask)
+        assert (out - truth.logits)[case.valid].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("masses", [MASS[0], MASS[3]], ids="/".join)
+def test_autocast(masses: tuple[str, str], adapted: bool) -> None:
+    """Mixed precision, as the Trainer's bf16: float32 weights, near the oracle, finite gradients."""
+    plan = a_plan(*masses)
+    case, labels = a_case()
+    model = build(SHAPE, plan).train()
+    truth = oracle_forward(model, plan, case.inputs_embeds, case.layout, case.attention_mask)
+    if adapted:
+        replace_linears(model, Adapted)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(**case.kwargs(), labels=labels, use_cache=True)
+        step = model(
+            inputs_embeds=case.inputs_embeds[:, :1],
+            attention_mask=F.pad(case.attention_mask, (0, 1), value=1),
+            past_key_values=out.past_key_values,
+        )
+    assert step.logits.isfinite().all()
+    out.loss.backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert grads and all(grad.isfinite().all() for grad in grads)
+    if not adapted:
+        assert (out.logits - truth.logits)[case.valid].abs().mean() < 0.1
+
+
 class Quantised(nn.Module):
     """Like an 8-bit layer: its weight is no matrix that could be sliced."""
 
@@ -180,7 +240,9 @@ class Quantised(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.scale = linear.weight.abs().max() / 127
-        self.weight = nn.Parameter((linear.weight / self.scale).round().to(torch.int8).flatten(), False)
+        self.weight = nn.Parameter(
+            (linear.weight / self.scale).round().to(torch.int8).flatten(), False
+        )
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,10 +3,13 @@ for a version."""
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import sys
 import warnings
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ __all__ = [
     "DynamicCache",
     "clear_dynamic_cache",
     "exchange_class",
+    "modules_named",
     "read_stock_cache",
     "require_transformers",
     "rope",
@@ -69,6 +73,21 @@ def _unsupported(version: str) -> str | None:
 
 def _dotted(release: tuple[int, ...]) -> str:
     return ".".join(map(str, release))
+
+
+# -------------------------------------------------------------------------------------- modules
+
+
+def modules_named(name: str) -> list[ModuleType]:
+    """Every live module object of that name, the one that `import` finds first.
+
+    While it is being imported, transformers runs its __init__ a second time (4.5x on): who imported
+    it before that holds an older object, from which names can be taken as well.
+    """
+    current = import_module(name)
+    everything = gc.get_objects()  # type(), not isinstance(): proxies answer for another object
+    copies = [o for o in everything if issubclass(type(o), ModuleType) and o is not current]
+    return [current, *(module for module in copies if vars(module).get("__name__") == name)]
 
 
 # ---------------------------------------------------------------------- rotary position angles

@@ -1,5 +1,5 @@
 """The command line, `python -m yopo COMMAND …`: the list of commands, and `run`. Every other
-command has a file of its own with `add_to(commands)`; what a command does is not done here.
+command has a file of its own with `add_arguments(parser)`; what a command does is not done here.
 
 Exit codes: 0; 2 for bad input, with one line on stderr; a program under `run` keeps its own.
 """
@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-_COMMANDS = ("infer",)  # modules of yopo; imported when a command line is parsed
+_COMMANDS = {  # modules of yopo, of which only the one asked for is imported
+    "infer": "answer a question about an image",
+    "bench": "time ours against stock SDPA on random weights",
+}
 
 _RUN_USAGE = "python -m yopo run (-m MODULE | SCRIPT.py) [ARGUMENT …]"
 _RUN_HELP = "run a module or script, unchanged, with yopo's models in place of transformers' Llama"
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["run"]:
             # Not through argparse: every argument after the target is the program's, `-m` too.
             return run(arguments[1:])
-        args = _parser().parse_args(arguments)
+        args = _parser(arguments[:1]).parse_args(arguments)
         return args.command(args) or 0
     except BadInput as error:
         print(f"yopo: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -79,13 +82,16 @@ def _module_exists(name: str) -> bool:
         raise  # a module that exists misses another
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser, complete for the command `asked` and with the names of the others."""
     parser = argparse.ArgumentParser(
         prog="python -m yopo",
         description="Pruned visual computation for LLaVA-style models (YOPO, arXiv 2410.06169).",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     commands.add_parser("run", help=_RUN_HELP, usage=_RUN_USAGE)
-    for name in _COMMANDS:
-        import_module(f"yopo.{name}").add_to(commands)
+    for name, what in _COMMANDS.items():
+        command = commands.add_parser(name, help=what, description=what)
+        if name in asked:
+            import_module(f"yopo.{name}").add_arguments(command)
     return parser

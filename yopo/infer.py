@@ -21,17 +21,16 @@ from yopo.cli import BadInput
 
 # Relative to the working directory, as the vision tower's path in the checkpoint is.
 DEFAULT_MODEL = "examples/tiny_llava/checkpoints/tiny-llava-v1-pruned"
-DEFAULT_IMAGE = "examples/tiny_llava/images/example.png"
-DEFAULT_QUESTION = "what shape is present?"
+DEFAULT_IMAGE = "examples/tiny_llava/images/easy-vqa-test-0.png"
+DEFAULT_QUESTION = "what color is the shape?"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def add_to(commands: Any) -> None:
-    """Adds the command to an argparse subparsers object."""
-    parser = commands.add_parser("infer", help="answer a question about an image")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
     parser.add_argument("--model-path", default=DEFAULT_MODEL, help="folder or Hub id")
     parser.add_argument("--image-file", default=DEFAULT_IMAGE, help="path or http(s) address")
     parser.add_argument("--question", default=DEFAULT_QUESTION)

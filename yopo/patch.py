@@ -15,10 +15,10 @@ from types import ModuleType
 
 from . import _compat, llava
 
-_MODULES = ("transformers.models.llama.modeling_llama", "transformers.models.llama", "transformers")
+_HOME = "transformers.models.llama"
 _NAMES = ("LlamaModel", "LlamaForCausalLM")
 
-_replaced: list[tuple[ModuleType, str, type]] = []  # what undo() puts back; empty: not enabled
+_stock: dict[str, type] = {}  # what undo() puts back; empty: not enabled
 
 
 def enable() -> None:
@@ -29,16 +29,16 @@ def enable() -> None:
 
     Raises ImportError: an unsupported transformers, or LLaVA was imported before the first enable.
     """
-    if _replaced:
+    if _stock:
         return
     _compat.require_transformers()
     # After the version check: this module cannot even be imported on a foreign transformers.
     ours = import_module(".modeling_llama_prune", __package__)
-    modules = [import_module(name) for name in _MODULES]
-    _refuse_early_llava(modules[0].LlamaForCausalLM, ours.LlamaForCausalLM)
-    for module in modules:
+    stock = {name: getattr(import_module(f"{_HOME}.modeling_llama"), name) for name in _NAMES}
+    _refuse_early_llava(stock["LlamaForCausalLM"], ours.LlamaForCausalLM)
+    _stock.update(stock)
+    for module in _holders():
         for name in _NAMES:
-            _replaced.append((module, name, getattr(module, name)))
             setattr(module, name, getattr(ours, name))
     if llava.instrument not in ours.SUBCLASS_HOOKS:  # stays after undo(), see there
         ours.SUBCLASS_HOOKS.append(llava.instrument)
@@ -50,21 +50,29 @@ def undo() -> None:
     Models and LLaVA classes made meanwhile stay what they are: a model that was loaded with a plan
     goes on by it, and so must go on learning where its visual tokens are.
     """
-    for module, name, stock in _replaced:
-        setattr(module, name, stock)
-    _replaced.clear()
+    if not _stock:
+        return
+    for module in _holders():
+        for name, stock in _stock.items():
+            setattr(module, name, stock)
+    _stock.clear()
 
 
 @contextmanager
 def patched() -> Iterator[None]:
     """Enabled within the block; afterwards enabled or not as it was before."""
-    was_enabled = bool(_replaced)
+    was_enabled = bool(_stock)
     enable()
     try:
         yield
     finally:
         if not was_enabled:
             undo()
+
+
+def _holders() -> list[ModuleType]:
+    modules = [import_module(f"{_HOME}.modeling_llama"), import_module(_HOME)]
+    return modules + _compat.modules_named("transformers")
 
 
 def _descendants(cls: type) -> Iterator[type]:

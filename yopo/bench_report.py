@@ -1,0 +1,207 @@
+"""What a benchmark measured, against what was to be expected: ratios, roofline floor, table, files.
+
+Nothing here builds or runs a model but the two products that `rates` times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.nn import functional as F
+
+from .flops import Prompt, prefill_flops
+from .plan import PruningPlan
+from .presets import Shape
+
+
+@dataclass
+class Arm:
+    """One way to run the model. seconds of each prefill and of each decode step; bytes."""
+
+    name: str
+    prefill: Callable[[], Any]
+    decode: Callable[[Any], None] | None = None
+    enter: Callable[[], None] = lambda: None
+    prefill_s: list[float] = field(default_factory=list)
+    decode_s: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    cache_bytes: int = 0
+    failed: str | None = None
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def rates(
+    shape: Shape, dtype: torch.dtype, device: torch.device, prompt: Prompt, batch: int
+) -> tuple[float, float]:
+    """(FLOP/s of a GEMM as wide as the prefill's, bytes/s at which a weight is read), measured."""
+    weight = torch.randn(shape.intermediate_size, shape.hidden_size).to(device, dtype)
+    wide = torch.randn(batch * (prompt.text + prompt.visual), shape.hidden_size).to(device, dtype)
+    one = wide[:1]
+    times = {}
+    for name, x in (("gemm", wide), ("read", one)):
+        F.linear(x, weight)
+        times[name] = statistics.median(
+            timed(lambda x=x: F.linear(x, weight), device)[0] for _ in range(5)
+        )
+    flops = 2 * wide.shape[0] * weight.numel()
+    return flops / times["gemm"], weight.numel() * weight.element_size() / times["read"]
+
+
+def _floor(
+    shape: Shape, prompt: Prompt, plan: PruningPlan | None, batch: int, rates: tuple[float, float],
+    dtype: torch.dtype,
+) -> float:  # fmt: skip
+    """Seconds under which no prefill of these FLOPs and weights can come on this machine."""
+    rate, bandwidth = rates
+    read = shape.layer_weights * dtype.itemsize / bandwidth
+    layers = prefill_flops(shape, prompt, plan)
+    head = 2 * shape.hidden_size * shape.vocab_size
+    last = max(batch * head / rate, head / 2 * dtype.itemsize / bandwidth)
+    return last + sum(max(batch * layer.total / rate, read) for layer in layers)
+
+
+def machine(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return (
+        f"{name}; {str(dtype).removeprefix('torch.')}; torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, Python {platform.python_version()}"
+    )
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _ratio(stock: list[float], ours: list[float]) -> float | None:
+    """Median of the ratios of each round."""
+    return _median([a / b for a, b in zip(stock, ours, strict=False)])
+
+
+def result_of(
+    args: argparse.Namespace,
+    shape: Shape,
+    prompt: Prompt,
+    plan: PruningPlan | None,
+    arms: list[Arm],
+    rates: tuple[float, float],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    by_name = {arm.name: arm for arm in arms}
+    stock, ours = by_name["stock SDPA"], by_name["yopo"]
+    dense = sum(layer.total for layer in prefill_flops(shape, prompt))
+    pruned = sum(layer.total for layer in prefill_flops(shape, prompt, plan))
+    floor = _floor(shape, prompt, plan, args.batch, rates, dtype)
+    took = _median(ours.prefill_s)
+    heads = shape.num_key_value_heads * shape.head_dim
+    token = 2 * args.batch * shape.num_hidden_layers * heads * dtype.itemsize
+    visual = ours.cache_bytes - token * prompt.text
+    return {
+        "preset": args.preset,
+        "layers": shape.num_hidden_layers,
+        "plan": args.plan,
+        "mass": args.mass,
+        "batch": args.batch,
+        "images": args.images,
+        "text_tokens": args.text_tokens,
+        "device": machine(torch.device(args.device), dtype),
+        "prefill_ratio_vs_sdpa": _ratio(stock.prefill_s, ours.prefill_s),
+        "prefill_ideal_ratio": dense / pruned,
+        "prefill_roofline_fraction": None if took is None else floor / took,
+        "decode_ratio_vs_sdpa": _ratio(stock.decode_s, ours.decode_s),
+        "kv_visual_fraction": visual / (token * prompt.visual) if ours.cache_bytes else None,
+        "gemm_tflops": rates[0] / 1e12,
+        "weight_read_gbytes": rates[1] / 1e9,
+        "prefill_median_s": {arm.name: _median(arm.prefill_s) for arm in arms},
+        "prefill_spread_s": {arm.name: _spread(arm.prefill_s) for arm in arms},
+        "decode_median_s": {arm.name: _median(arm.decode_s) for arm in arms},
+        "peak_bytes": {arm.name: arm.peak_bytes for arm in arms},
+        "cache_bytes": {arm.name: arm.cache_bytes for arm in arms},
+        "failed": {arm.name: arm.failed for arm in arms if arm.failed},
+    }
+
+
+def _spread(values: list[float]) -> list[float] | None:
+    return [min(values), max(values)] if values else None
+
+
+def _rows(arms: list[Arm]) -> list[dict[str, Any]]:
+    stock = arms[0]
+    rows = []
+    for arm in arms:
+        took, step, spread = _median(arm.prefill_s), _median(arm.decode_s), _spread(arm.prefill_s)
+        rows.append(
+            {
+                "arm": arm.name,
+                "prefill s": arm.failed or f"{took:.3f}",
+                "min–max": "" if spread is None else f"{spread[0]:.3f}–{spread[1]:.3f}",
+                "× SDPA": _fixed(_ratio(stock.prefill_s, arm.prefill_s), ".2f"),
+                "decode ms": _fixed(None if step is None else 1e3 * step, ".1f"),
+                "decode × SDPA": _fixed(_ratio(stock.decode_s, arm.decode_s), ".2f"),
+                "peak MiB": _fixed(arm.peak_bytes / 2**20, ".0f"),
+                "cache MiB": _fixed(arm.cache_bytes / 2**20 or None, ".1f"),
+            }
+        )
+    return rows
+
+
+def _fixed(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
+
+
+def table(arms: list[Arm]) -> str:
+    from tabulate import tabulate
+
+    return tabulate(_rows(arms), headers="keys", disable_numparse=True, tablefmt="github")
+
+
+def save(folder: Path, arms: list[Arm], result: dict[str, Any]) -> None:
+    """results.csv and results.png, a bar for each arm's prefill."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = _rows(arms)
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    timed = [arm for arm in arms if arm.prefill_s]
+    figure, axes = pyplot.subplots(figsize=(7, 1 + 0.5 * len(timed)))
+    axes.barh([arm.name for arm in timed], [_median(arm.prefill_s) for arm in timed])
+    axes.invert_yaxis()
+    axes.set_xlabel("prefill, seconds (median)")
+    axes.set_title(f"{result['preset']}, plan {result['plan']}, {result['mass']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(folder / "results.png", dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,98 @@
+"""Shapes of published models and named plans, for benchmarks and counting. Numbers only: building a
+model or a pass is done elsewhere. Sources: the models' config.json on the Hub.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import head_mask
+from .plan import PruningPlan
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The language model of a preset: transformers' config names, and one image's visual grid."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    grid: tuple[int, int]
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def layer_weights(self) -> int:
+        """Parameters of the matrices of one layer."""
+        heads = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
+        return self.hidden_size * (heads + 3 * self.intermediate_size)
+
+
+# Qwen2-VL and InternVL choose the grid by the image; these are what 448 × 448 pixels give.
+PRESETS = {
+    "llava-1.5-7b": Shape(4096, 11008, 32, 32, 32, 32000, (24, 24)),
+    "llava-1.5-13b": Shape(5120, 13824, 40, 40, 40, 32000, (24, 24)),
+    "qwen2-vl-7b": Shape(3584, 18944, 28, 28, 4, 152064, (16, 16)),
+    "internvl2-8b": Shape(4096, 14336, 32, 32, 8, 92553, (16, 16)),
+}
+
+
+def named_plan(
+    name: str, shape: Shape, head_mass: str = "exact", cut_mass: str | None = None
+) -> PruningPlan:
+    """The plan `name` for a model of `shape`.
+
+    "25": half the layers, half the heads in each layer before the cut (random ones), half the FFN,
+    window 5. "12": half, a quarter, a quarter, window 5. "7b_16" and the like: a published head
+    mask in place of the random heads of "25"; with fewer layers, its rows evenly spaced. Else a
+    JSON
+    file: a config.json with a plan, or its `yopo` block.
+
+    Raises ValueError for a name that is none of these or a plan that does not fit `shape`.
+    """
+    layers, heads = shape.num_hidden_layers, shape.num_attention_heads
+    masses = {"head_mass": head_mass, "cut_mass": cut_mass or head_mass}
+    cut = layers // 2
+    if name in ("25", "12"):
+        ratio = 2 if name == "25" else 4
+        generator = torch.Generator().manual_seed(0)
+        keep = torch.zeros(layers, heads, dtype=torch.bool)
+        for layer in range(cut):
+            keep[layer, torch.randperm(heads, generator=generator)[: heads // ratio]] = True
+        return PruningPlan(keep, window=5, layer_cut=cut, ffn_ratio=ratio, **masses)
+    if Path(name).is_file():
+        content = json.loads(Path(name).read_text(encoding="utf-8"))
+        config = content if "num_hidden_layers" in content else _config(shape, content)
+        plan = PruningPlan.from_config(config)
+        if plan is None:
+            raise ValueError(f"--plan: {name} holds no plan (a `yopo` block or released fields)")
+        plan.validate(_config(shape, None))
+        return plan
+    size, _, num = name.partition("_")
+    full = {"7b": (32, 32), "13b": (40, 40)}.get(size)
+    if full is None or not num.isdigit():
+        raise ValueError(
+            f"--plan is {name!r}; allowed: 25, 12, a published head mask such as 7b_16, or a JSON "
+            "file with a plan"
+        )
+    keep = head_mask.find(int(num), *full)
+    rows = torch.arange(cut) * (full[0] // 2) // max(cut, 1)  # those before the cut, evenly spaced
+    keep = torch.cat([keep[rows], keep[-(layers - cut) :]])
+    plan = PruningPlan(keep, window=5, layer_cut=cut, ffn_ratio=2, **masses)
+    plan.validate(_config(shape, None))
+    return plan
+
+
+def _config(shape: Shape, block: object) -> dict[str, object]:
+    sizes = ("num_hidden_layers", "num_attention_heads", "intermediate_size")
+    config: dict[str, object] = {size: getattr(shape, size) for size in sizes}
+    return config if block is None else config | {"yopo": block}
