@@ -20,7 +20,7 @@ fi
 install_llava
 if ! has_module yopo; then
     echo "Installing yopo (editable)" >&2
-    "$PY" -m pip install -q --disable-pip-version-check --no-deps -e "$ROOT"
+    "$PY" -m pip install -qq --disable-pip-version-check --no-deps -e "$ROOT"
 fi
 
 # The embedded checkpoint names its vision tower relative to the repository, so the command runs

@@ -75,7 +75,7 @@ install_missing() {
     [[ ${#absent[@]} -eq 0 ]] && return
     echo "Installing ${absent[*]}" >&2
     # No warnings about conflicts: llava-torch's pins belong to 2023 and are passed over knowingly.
-    "$PY" -m pip install -q --disable-pip-version-check --no-warn-conflicts \
+    "$PY" -m pip install -qq --disable-pip-version-check --no-warn-conflicts \
         ${options[@]+"${options[@]}"} "${absent[@]}" || die "pip could not install ${absent[*]}"
 }
 
@@ -94,7 +94,7 @@ install_llava() {
         install_missing --no-deps -- "$LLAVA_REQUIREMENT"
     fi
     if [[ -n ${extra[*]-} && -n $(missing numpy) ]]; then
-        "$PY" -m pip install -q --disable-pip-version-check "${extra[@]}" || die "no numpy<2"
+        "$PY" -m pip install -qq --disable-pip-version-check "${extra[@]}" || die "no numpy<2"
     fi
     install_missing ${transformers:+"$transformers"} "${LLAVA_NEEDS[@]}"
 }

@@ -46,6 +46,7 @@ def infer(args: argparse.Namespace) -> int:
     check_image(args.image_file)
     if args.mass:
         os.environ["YOPO_MASS"] = args.mass  # PruningPlan.from_config obeys it and checks it
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice would break up the answer
     llava_cli = _llava_cli()
     device = _device(args.device)
     meter = _Meter()

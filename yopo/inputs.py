@@ -4,6 +4,8 @@ columns are visual tokens. Checks arguments and refuses what cannot be right; co
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,10 +55,22 @@ def valid_tokens(
 
 
 def positions(
-    position_ids: Tensor | None, batch: int, past: int, n: int, device: torch.device
+    position_ids: Tensor | None,
+    batch: int,
+    past: int,
+    n: int,
+    device: torch.device,
+    masked: bool,
 ) -> Tensor:
+    """(B, n) positions; with `masked=False`, no attention_mask came with them."""
     if position_ids is None:
         position_ids = torch.arange(past, past + n, device=device).unsqueeze(0)
+    elif not masked and bool((position_ids.diff(dim=-1) < 0).any()):
+        raise ValueError(
+            "position_ids start anew within a row and there is no attention_mask: several samples "
+            "packed into one row cannot be told from one prompt with images. Give each sample a "
+            "row of its own and an attention_mask"
+        )
     return position_ids.to(device).expand(batch, -1)
 
 
@@ -75,6 +89,26 @@ def may_show_image(
     if past == 0 and tuple(known.visual_mask.shape) != (batch, n):
         raise ValueError(_other_shape(known.visual_mask, batch, n))
     return bool(known.visual_mask.any())
+
+
+def warn_of_foreign_embeddings(n: int, config: Any) -> bool:
+    """Says what inputs_embeds (B, n, d) that nobody described are taken for; whether it did."""
+    sprompt_len = getattr(config, "sprompt_len", None)
+    if sprompt_len is None:
+        taken = "it for text"
+    elif n < sprompt_len + RELEASED_GRID[0] * RELEASED_GRID[1]:
+        return False
+    else:
+        taken = (
+            f"the visual tokens to be one 24 × 24 image after sprompt_len={sprompt_len} tokens, "
+            "as the released code does"
+        )
+    warnings.warn(
+        f"inputs_embeds of {n} tokens came without visual_mask: taking {taken}. Pass visual_mask "
+        "(batch, tokens) to say where the visual tokens are",
+        stacklevel=3,
+    )
+    return True
 
 
 def resolve_layout(
@@ -165,3 +199,24 @@ def refuse_split_image(plan: PruningPlan, layout: VisualLayout, cache: Any) -> N
                 "its first tokens would have to see its last. Cut the prompt before or after the "
                 "image, or use a plan with window_causal=True"
             )
+
+
+def refuse_outputs_and_packing(
+    output_attentions: Any, output_hidden_states: Any, kwargs: Mapping[str, Any]
+) -> None:
+    """Raises ValueError for what a pruned pass cannot give, or would silently get wrong."""
+    if output_attentions:
+        raise ValueError(
+            "output_attentions=True: a pruned pass never forms the attention matrix; ask for it "
+            "without images, or of the model without its plan (yopo.remove)"
+        )
+    if not isinstance(output_hidden_states, bool):
+        raise ValueError(
+            f"output_hidden_states is {output_hidden_states!r}; a pruned pass takes True, for all "
+            "of them, or False"
+        )
+    if packed := sorted(name for name in kwargs if name.startswith("cu_seq_lens")):
+        raise ValueError(
+            f"{', '.join(packed)}: several samples packed into one row; a pruned pass takes one "
+            "sample in a row, and an attention_mask"
+        )

@@ -7,7 +7,6 @@ Knows nothing of LLaVA, files or patching; the mathematics is in engine.py and a
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,9 +23,11 @@ from .inputs import (
     may_show_image,
     past_length,
     positions,
+    refuse_outputs_and_packing,
     refuse_split_image,
     resolve_layout,
     valid_tokens,
+    warn_of_foreign_embeddings,
 )
 from .layout import CALL, Grid, during, told
 from .plan import PruningPlan
@@ -102,26 +103,21 @@ class PrunedModelMixin:
         known = CALL.get()
         if visual_mask is not None or visual_grids is not None:
             known = told(visual_mask, visual_grids)
+        if known is None and embedded and past == 0 and n > 1 and not self._yopo_warned:
+            self._yopo_warned = warn_of_foreign_embeddings(n, self.config)
         if not may_show_image(known, past_key_values, past, batch, n, embedded, self.config):
             return as_stock()
         valid = valid_tokens(attention_mask, past_key_values, batch, past, n)
         layout = resolve_layout(known, past_key_values, past, valid[:, past:], self.config)
-        if known is None and past == 0 and layout.visual.any() and not self._yopo_warned:
-            self._yopo_warned = True
-            warnings.warn(
-                f"inputs_embeds of {n} tokens came without visual_mask: taking the visual tokens "
-                f"to be one 24 × 24 image after sprompt_len={self.config.sprompt_len} tokens, as "
-                "the released code does. Pass visual_mask (batch, tokens) to say where they are",
-                stacklevel=2,
-            )
         if not layout.visual.any() and not isinstance(past_key_values, VisualCache):
             return as_stock()
 
-        if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise ValueError(
-                "output_attentions=True: a pruned pass never forms the attention matrix; ask for "
-                "it without images, or of the model without its plan (yopo.remove)"
-            )
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        refuse_outputs_and_packing(output_attentions, output_hidden_states, kwargs)
+        refuse_split_image(self.yopo_plan, layout, past_key_values)
         if self._yopo_stack is None:
             self._yopo_stack = engine.Stack.build(self.config, self.yopo_plan)
         if inputs_embeds is None:
@@ -129,16 +125,13 @@ class PrunedModelMixin:
         if use_cache is None:
             use_cache = self.config.use_cache
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        refuse_split_image(self.yopo_plan, layout, past_key_values)
         cache = VisualCache.adopt(
             past_key_values, batch, valid[:, :past], self._yopo_stack.kv_heads()
         )
-        position_ids = positions(position_ids, batch, past, n, inputs_embeds.device)
+        masked = attention_mask is not None
+        position_ids = positions(position_ids, batch, past, n, inputs_embeds.device, masked)
         cos, sin = rope(self, inputs_embeds, position_ids, past + n)
-        wanted = output_hidden_states
-        if wanted is None:
-            wanted = getattr(self.config, "output_hidden_states", False)
-        hidden_states: list[Tensor] | None = [] if wanted else None
+        hidden_states: list[Tensor] | None = [] if output_hidden_states else None
         keep_cache = (use_cache and not checkpointing) or past_key_values is not None
         out = engine.run(
             self.layers,
