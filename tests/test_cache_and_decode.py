@@ -555,16 +555,22 @@ def test_attention_masks_of_two_and_four_dimensions(wide: int) -> None:
 
 
 @torch.no_grad()
-def test_masked_images_and_rows() -> None:
-    """attention_mask alone says what counts: it may hide an image or all of a row."""
+def test_rows_of_nothing_but_padding() -> None:
     plan = a_plan()
     model = build(SHAPE, plan)
     case = left_padded()
-    case.attention_mask[0, case.image[0] == 0] = 0
     case.attention_mask[2] = 0
     out = model(**case.kwargs(), use_cache=True)
     assert out.logits.isfinite().all()
     close(out.logits, truth_of(model, plan, case), case.valid)
+
+
+@torch.no_grad()
+def test_padding_is_not_visual() -> None:
+    case = left_padded()
+    case.attention_mask[0, case.image[0] == 0] = 0
+    with pytest.raises(ValueError, match="padding"):
+        build(SHAPE, a_plan())(**case.kwargs())
 
 
 @torch.no_grad()

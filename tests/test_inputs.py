@@ -50,7 +50,8 @@ def test_what_cannot_be_right_is_refused(
     model: Any, arguments: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
     assert model(**arguments, use_cache=False).logits.isfinite().all()
-    with pytest.raises(ValueError, match=message):
+    # TypeError: transformers before 4.45 has no room for cu_seq_lens_q in the first place.
+    with pytest.raises((ValueError, TypeError), match=message):
         model(**(arguments | {"visual_grids": [[(2, 2)]]} | changes), use_cache=False)
 
 

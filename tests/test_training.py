@@ -187,7 +187,7 @@ def test_weights_changed_after_the_first_image(change: str) -> None:
 
 
 def test_training_after_inference_mode() -> None:
-    """What is kept from inference_mode (LLaVA's generate runs there) must not reach autograd."""
+    """What inference_mode (LLaVA's generate runs there) leaves must not reach autograd."""
     plan = a_plan()
     case, labels = a_case()
     model = build(SHAPE, plan)
@@ -211,7 +211,7 @@ def test_a_model_built_in_inference_mode() -> None:
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("masses", [MASS[0], MASS[3]], ids="/".join)
 def test_autocast(masses: tuple[str, str], adapted: bool) -> None:
-    """Mixed precision, as the Trainer's bf16: float32 weights, near the oracle, finite gradients."""
+    """Mixed precision, as the Trainer's bf16: near the oracle, and finite gradients."""
     plan = a_plan(*masses)
     case, labels = a_case()
     model = build(SHAPE, plan).train()

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache
 
 __all__ = [
     "DynamicCache",
+    "attention_is_switchable",
     "clear_dynamic_cache",
     "exchange_class",
     "modules_named",
@@ -153,3 +154,9 @@ def exchange_class(module: nn.Module, cls: type) -> None:
         registry = getattr(sys.modules.get(name), "_CAN_RECORD_REGISTRY", None)
         if registry is not None:
             dict.__setitem__(registry, str(cls), getattr(cls, "_can_record_outputs", None))
+
+
+def attention_is_switchable() -> bool:
+    """Whether config._attn_implementation acts on a live model: from 4.48 on; before, each kind of
+    attention was a class of its own."""
+    return hasattr(transformers.modeling_utils, "ALL_ATTENTION_FUNCTIONS")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import attach
+from ._compat import attention_is_switchable
 from .bench_report import Arm, machine, rates, result_of, save, table, timed
 from .cli import BadInput
 from .flops import Prompt
@@ -256,6 +257,8 @@ def _arms(args: argparse.Namespace, model: Any, plan: PruningPlan | None, case: 
         "masked": Arm("masked simulation", masked, None, stock("sdpa")),
         "yopo": Arm("yopo", lambda: prefill(**told), decode, pruned),
     }
+    if not attention_is_switchable():
+        arms["eager"].failed = "needs transformers 4.48"
     wanted = args.arms.split(",")
     if unknown := set(wanted) - arms.keys():
         raise BadInput(f"--arms names {sorted(unknown)}; allowed: {', '.join(arms)}")

@@ -1,0 +1,136 @@
+"""The benchmark's plumbing on a tiny shape (figures are no business of tests), and bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import yopo.bench
+from yopo import cli
+from yopo._compat import attention_is_switchable
+from yopo.bench_report import Arm, table
+from yopo.presets import PRESETS, Shape
+
+TINY = Shape(64, 96, 4, 4, 2, 128, (6, 4))
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tabulate")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    base = ["bench", "--preset", "tiny", "--dtype", "float32", "--rounds", "2", "--steps", "2"]
+    assert cli.main([*base, *words]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("mass", ["drop", "exact", "exact/drop"])
+@pytest.mark.parametrize("batch", ["1", "3"])
+def test_last_line_is_json_with_every_arm(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, mass: str, batch: str
+) -> None:
+    words = ["--mass", mass, "--batch", batch, "--images", "2", "--out", str(tmp_path)]
+    result = run(capsys, *words)
+    for key in ("prefill_ratio_vs_sdpa", "prefill_ideal_ratio", "decode_ratio_vs_sdpa"):
+        assert result[key] > 0
+    names = {"stock SDPA", "stock eager", "masked simulation", "yopo"}
+    assert result["prefill_median_s"].keys() == names
+    old = {} if attention_is_switchable() else {"stock eager": "needs transformers 4.48"}
+    assert result.get("failed", {}) == old
+    assert all(result["prefill_median_s"][name] for name in names - old.keys())
+    rows = list(csv.DictReader((tmp_path / "results.csv").open(encoding="utf-8")))
+    assert {row["arm"] for row in rows} == names
+    assert (tmp_path / "results.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(("plan", "fraction"), [("25", 0.25), ("12", 0.125)])
+def test_visual_keys_and_values_kept_are_those_of_the_plan(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, plan: str, fraction: float
+) -> None:
+    monkeypatch.setitem(PRESETS, "tiny", Shape(64, 96, 4, 4, 4, 128, (6, 4)))
+    result = run(capsys, "--plan", plan, "--arms", "yopo")
+    assert result["kv_visual_fraction"] == fraction
+
+
+def test_without_a_plan_nothing_is_pruned(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(capsys, "--plan", "none")
+    assert result["prefill_ideal_ratio"] == 1
+    assert "masked simulation" not in result["prefill_median_s"]
+
+
+def test_stock_arms_run_stock_and_ours_runs_the_engine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    real = yopo.engine.run
+    monkeypatch.setattr(yopo.engine, "run", lambda *a, **k: ran.append("engine") or real(*a, **k))
+    run(capsys, "--arms", "yopo", "--rounds", "1", "--steps", "0")
+    assert ran == ["engine"] * 2  # the warm-up and one round
+
+
+def test_out_of_memory_in_one_arm_leaves_the_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(yopo.bench, "simulate", full)
+    result = run(capsys)
+    assert result["failed"]["masked simulation"] == "out of memory"
+    assert result["prefill_ratio_vs_sdpa"] > 0
+
+
+def test_an_error_that_is_not_memory_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(yopo.bench, "simulate", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.main(["bench", "--preset", "tiny", "--dtype", "float32"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--preset", "llava-9"], "allowed: llava-1.5-7b"),
+        (["--layers", "5"], "tiny has 4"),
+        (["--layers", "0"], "tiny has 4"),
+        (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
+        (["--dtype", "int4"], "allowed: bfloat16"),
+        (["--plan", "26"], "--plan is '26'"),
+        (["--mass", "some"], "head_mass is 'some'"),
+        (["--batch", "0"], "--batch is 0"),
+        (["--text-tokens", "1"], "--text-tokens is 1"),
+        (["--arms", "sdpa,flash"], "flash"),
+    ],
+)
+def test_bad_input_is_one_line(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert cli.main(["bench", "--preset", "tiny", *words]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert [line for line in error if message in line and line.startswith("yopo: error:")]
+
+
+def test_shapes_that_do_not_fit_say_what_would(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = type("Memory", (), {"available": 2 * 2**30})
+    monkeypatch.setattr(yopo.bench.psutil, "virtual_memory", lambda: free)
+    assert cli.main(["bench", "--preset", "llava-1.5-7b"]) == 2
+    assert "--layers 3 would" in capsys.readouterr().err
+
+
+def test_table_leaves_out_what_was_not_measured() -> None:
+    failed = Arm("stock SDPA", lambda: None, failed="out of memory")
+    done = Arm("yopo", lambda: None, prefill_s=[1.0, 3.0, 2.0])
+    lines = table([failed, done]).splitlines()
+    assert "out of memory" in lines[2]
+    assert "2.000" in lines[3] and "1.000–3.000" in lines[3]
