@@ -13,6 +13,7 @@ import yopo.bench
 from yopo import cli
 from yopo._compat import attention_is_switchable
 from yopo.bench_report import Arm, table
+from yopo.modeling_llama_prune import LlamaModel, PrunedModelMixin
 from yopo.presets import PRESETS, Shape
 
 TINY = Shape(64, 96, 4, 4, 2, 128, (6, 4))
@@ -63,6 +64,19 @@ def test_without_a_plan_nothing_is_pruned(capsys: pytest.CaptureFixture[str]) ->
     result = run(capsys, "--plan", "none")
     assert result["prefill_ideal_ratio"] == 1
     assert "masked simulation" not in result["prefill_median_s"]
+
+
+def test_arm_without_a_plan_runs_the_patched_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[type] = []
+    real = PrunedModelMixin.forward
+    monkeypatch.setattr(
+        PrunedModelMixin,
+        "forward",
+        lambda self, *a, **k: ran.append(type(self)) or real(self, *a, **k),
+    )
+    words = ["--dtype", "float32", "--plan", "none", "--rounds", "1", "--steps", "0"]
+    assert cli.main(["bench", "--preset", "tiny", *words]) == 0
+    assert ran == [LlamaModel] * 2
 
 
 def test_stock_arms_run_stock_and_ours_runs_the_engine(

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import attach
-from ._compat import attention_is_switchable
+from . import modeling_llama_prune as prune
+from ._compat import attention_is_switchable, exchange_class
 from .bench_report import Arm, machine, rates, result_of, save, table, timed
 from .cli import BadInput
 from .flops import Prompt
@@ -235,14 +236,19 @@ def _arms(args: argparse.Namespace, model: Any, plan: PruningPlan | None, case: 
     def stock(implementation: str) -> Callable[[], None]:
         def enter() -> None:
             attach.remove(model)
+            exchange_class(model, prune.StockLlamaForCausalLM)
+            exchange_class(model.model, prune.StockLlamaModel)
             model.config._attn_implementation = implementation
 
         return enter
 
     def pruned() -> None:
         model.config._attn_implementation = "sdpa"
-        if plan is not None and attach.plan_of(model) is not plan:
+        if plan is not None:
             attach.apply(model, plan)
+        else:  # as the patch alone would have built it
+            exchange_class(model, prune.LlamaForCausalLM)
+            exchange_class(model.model, prune.LlamaModel)
 
     def masked() -> None:
         released = replace(plan, head_mass="exact", cut_mass="exact", text_mass=None)

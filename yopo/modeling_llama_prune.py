@@ -49,8 +49,8 @@ class PrunedModelMixin:
         """Prunes by `plan` from now on; None: as stock. Raises ValueError if it does not fit."""
         if plan is not None:
             plan.validate(self.config)
+        self._yopo_stack = None if plan is None else engine.Stack.build(self.config, plan)
         self.yopo_plan = plan
-        self._yopo_stack = None
 
     def forward(
         self,
@@ -118,8 +118,6 @@ class PrunedModelMixin:
             output_hidden_states = self.config.output_hidden_states
         refuse_outputs_and_packing(output_attentions, output_hidden_states, kwargs)
         refuse_split_image(self.yopo_plan, layout, past_key_values)
-        if self._yopo_stack is None:
-            self._yopo_stack = engine.Stack.build(self.config, self.yopo_plan)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache is None:
