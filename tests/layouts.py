@@ -306,3 +306,23 @@ def cases(
         masked=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
     )
+
+
+# What several test files start from.
+SHAPE = Shape()
+KEEP = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 1]])
+ROWS = [
+    [("text", 3), ("image", 2, 3, False), ("text", 2)],
+    [("image", 3, 3, False), ("text", 1), ("image", 2, 2, False), ("text", 3)],
+    [("text", 5)],
+]
+MASS = [("exact", "exact"), ("exact", "drop"), ("drop", "exact"), ("drop", "drop")]
+
+
+def a_plan(head_mass: str = "exact", cut_mass: str = "exact", **changes: Any) -> PruningPlan:
+    values = dict(window=3, layer_cut=2, ffn_ratio=2, head_mass=head_mass, cut_mass=cut_mass)
+    return PruningPlan(KEEP, **(values | changes))
+
+
+def left_padded(rows: list[Any] = ROWS, seed: int = 0) -> Case:
+    return make_case(rows, SHAPE.heads * 8, pads=[(1, 0)] * len(rows), seed=seed)

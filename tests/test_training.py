@@ -11,6 +11,7 @@ from layouts import VOCAB, Case, Shape, build, make_case
 from oracle import oracle_forward, oracle_loss
 from torch import Tensor, nn
 
+from yopo import apply
 from yopo.plan import PruningPlan
 
 SHAPE = Shape(attention_bias=True)
@@ -352,3 +353,11 @@ def test_hooks_on_a_projection_run() -> None:
     truth = oracle_forward(twice, plan, case.inputs_embeds, case.layout, case.attention_mask)
     assert (doubled - truth.logits)[case.valid].abs().max() < 1e-4
     assert torch.equal(model(**case.kwargs()).logits, plain)
+
+
+def test_a_plan_applied_in_inference_mode_still_trains() -> None:
+    case, labels = a_case()
+    model = build(SHAPE, None).train()
+    with torch.inference_mode():
+        apply(model, a_plan())
+    assert engine_gradients(model, case, labels)["loss"].isfinite()

@@ -39,9 +39,10 @@ def valid_tokens(
         seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # (B, n, past + n)
         mask = seen[:, -1].expand(batch, -1)
         rows = torch.arange(past, past + n, device="cpu")[:, None]
-        causal = mask[:, None] & (torch.arange(past + n, device="cpu") <= rows)
+        causal = torch.arange(past + n, device="cpu") <= rows
+        fits = seen.shape[1:] == causal.shape
         alive = mask[:, past:, None]  # a padded query may see anything
-        if seen.shape[1:] != causal.shape[1:] or not torch.equal(seen & alive, causal & alive):
+        if not fits or not torch.equal(seen & alive, causal & mask[:, None] & alive):
             raise ValueError(
                 f"attention_mask of shape {tuple(attention_mask.shape)} is not the causal mask of "
                 "a padded batch; a pruned pass takes the 2-D mask (batch, tokens) of the padding"

@@ -57,8 +57,8 @@ class VisualLayout:
         Without `grids` each run of visual tokens is one square grid. With them, `grids[b]` lists
         (rows, cols), and the visual tokens of row b fill these one after the other (text, such as
         newline tokens, may lie between); only the last may be left incomplete, as a truncated image
-        is. `before` is the layout of what is cached already: an image incomplete at its end goes on
-        in the first visual tokens of this one.
+        is. `before` is the layout of what is cached already: an image incomplete at its very end
+        goes on if the first column here is visual.
 
         Raises ValueError: a run that is no square where no grids are given; grids that do not fit
         the tokens.
@@ -80,8 +80,8 @@ class VisualLayout:
         all_grids = []
         for b in range(batch):
             columns = visual[b].nonzero().flatten()
-            open_cells = before._open_cells(b) if before is not None else 0
-            open_cells = min(open_cells, len(columns))
+            goes_on = before is not None and width > 0 and bool(visual[b, 0])
+            open_cells = min(before._open_cells(b), len(columns)) if goes_on else 0
             row_grids = list(known[b])
             pieces: list[tuple[int, int, int]] = []  # (image, first cell, cells)
             if open_cells:

@@ -49,7 +49,9 @@ class PrunedModelMixin:
         """Prunes by `plan` from now on; None: as stock. Raises ValueError if it does not fit."""
         if plan is not None:
             plan.validate(self.config)
-        self._yopo_stack = None if plan is None else engine.Stack.build(self.config, plan)
+        # Not as inference tensors, should apply() be called in inference mode: training may follow.
+        with torch.inference_mode(False):
+            self._yopo_stack = None if plan is None else engine.Stack.build(self.config, plan)
         self.yopo_plan = plan
 
     def forward(
