@@ -299,7 +299,7 @@ def _run(arm: Arm, steps: int, device: torch.device, counted: bool) -> None:
                 seconds, _ = timed(lambda: arm.decode(cache), device)
                 if counted:
                     arm.decode_s.append(seconds)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
             raise
         arm.failed = "out of memory"

@@ -1,0 +1,122 @@
+"""Runs the project's benchmarks, one `python -m yopo bench` after the other, and writes them down.
+
+    python benchmarks/run.py table   --layers 8 --dtype bfloat16    # benchmarks/table.jsonl, .md
+    python benchmarks/run.py scaling --layers 2 --dtype bfloat16    # benchmarks/scaling.jsonl, .png
+
+A configuration that stands in the .jsonl already is not run again: delete its line for that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+HERE = Path(__file__).parent
+TABLE = [  # plan, mass, batch; the ratio aimed at
+    ("25", "drop", 1, 2.55),
+    ("12", "drop", 1, 3.4),
+    ("25", "exact", 1, 1.55),
+    ("25", "exact/drop", 1, 2.35),
+    ("25", "drop", 4, 2.8),
+    ("none", "drop", 1, 1.0),
+    ("25", "drop", 8, None),
+]
+SCALING = [(images, 1) for images in (1, 2, 4, 8)] + [(1, batch) for batch in (2, 4, 8)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("table", "scaling"))
+    args, shared = parser.parse_known_args()  # the rest is bench's
+    if args.what == "table":
+        runs = [(["--plan", p, "--mass", m, "--batch", str(b)], aim) for p, m, b, aim in TABLE]
+        results = _run(runs, ["--arms", "sdpa,yopo", *shared], HERE / "table.jsonl")
+        (HERE / "table.md").write_text(_markdown(results), encoding="utf-8")
+    else:
+        runs = [(["--images", str(i), "--batch", str(b)], None) for i, b in SCALING]
+        arguments = ["--arms", "sdpa,yopo", "--steps", "0", "--rounds", "3", *shared]
+        _plot(_run(runs, arguments, HERE / "scaling.jsonl"))
+
+
+def _run(runs: list[Any], shared: list[str], file: Path) -> list[dict[str, Any]]:
+    """The results of all runs, from `file` where they are there already."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    done = {json.dumps(line["command"]): line for line in map(json.loads, lines)}
+    results = []
+    for words, aim in runs:
+        command = ["bench", *words, *shared]
+        if json.dumps(command) not in done:
+            print("python -m yopo", *command, flush=True)
+            run = [sys.executable, "-m", "yopo", *command]
+            out = subprocess.run(run, check=True, stdout=subprocess.PIPE, text=True).stdout
+            line = {"command": command, "aim": aim} | json.loads(out.splitlines()[-1])
+            with file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+            done[json.dumps(command)] = line
+        results.append(done[json.dumps(command)])
+    return results
+
+
+def _markdown(results: list[dict[str, Any]]) -> str:
+    rows = []
+    for line in results:
+        ideal, ratio = line["prefill_ideal_ratio"], line["prefill_ratio_vs_sdpa"]
+        rows.append(
+            {
+                "plan": line["plan"],
+                "mass": line["mass"] if line["plan"] != "none" else "",
+                "batch": line["batch"],
+                "prefill × SDPA": f"{ratio:.2f}",
+                "ideal": f"{ideal:.2f}",
+                "of the ideal": f"{ratio / ideal:.0%}",
+                "of the roofline": f"{line['prefill_roofline_fraction']:.0%}",
+                "aim": line["aim"] or "",
+                "decode × SDPA": f"{line['decode_ratio_vs_sdpa']:.2f}",
+                "visual KV": f"{line['kv_visual_fraction']:.1%}",
+                "SDPA s (min–max)": _seconds(line, "stock SDPA"),
+                "yopo s (min–max)": _seconds(line, "yopo"),
+            }
+        )
+    table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    first = results[0]
+    return f"{first['preset']}, {first['layers']} layers; {first['device']}\n\n{table}\n"
+
+
+def _seconds(line: dict[str, Any], arm: str) -> str:
+    low, high = line["prefill_spread_s"][arm]
+    return f"{line['prefill_median_s'][arm]:.2f} ({low:.2f}–{high:.2f})"
+
+
+def _plot(results: list[dict[str, Any]]) -> None:
+    """Prefill time against the number of images, and against the batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for axis, name, other in ((axes[0], "images", "batch"), (axes[1], "batch", "images")):
+        lines = sorted((r for r in results if r[other] == 1), key=lambda r: r[name])
+        for arm in ("stock SDPA", "yopo"):
+            times = [r["prefill_median_s"][arm] for r in lines]
+            axis.plot([r[name] for r in lines], times, marker="o", label=arm)
+        axis.set_xlabel(f"{name} (of {results[0]['preset']}'s 576 tokens each)" if name == "images"
+                        else "batch (one image a row)")  # fmt: skip
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("prefill, seconds (median)")
+    axes[0].legend()
+    figure.suptitle(
+        f"plan {results[0]['plan']}, {results[0]['mass']}; {results[0]['device']}", fontsize=8
+    )
+    figure.tight_layout()
+    figure.savefig(HERE / "scaling.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()
