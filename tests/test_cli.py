@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import random_llava
+from layouts import needs_float16
 
 from yopo.cli import main
 
@@ -238,6 +239,7 @@ def test_a_hub_id_goes_on_to_from_pretrained() -> None:
     check_model("zwt123home123/llava-1.5-13b-prune-zp25")
 
 
+@needs_float16
 @pytest.mark.llava
 @pytest.mark.skipif(not HAS_LLAVA, reason="llava-torch is not installed")
 def test_infer(good: Path) -> None:
@@ -259,6 +261,7 @@ def test_infer(good: Path) -> None:
     assert "Traceback" not in wrong.stderr
 
 
+@needs_float16
 @pytest.mark.llava
 @pytest.mark.skipif(not HAS_LLAVA, reason="llava-torch is not installed")
 def test_infer_without_a_plan_and_with_a_corrupt_one(tmp_path: Path) -> None:

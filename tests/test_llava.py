@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import random_llava
 import torch
+from layouts import needs_float16
 from oracle import extended, oracle_forward, oracle_greedy, oracle_loss
 from random_llava import PINPOINTS, PIXELS, SIDE, a_plan
 from torch import Tensor
@@ -536,6 +537,7 @@ def run(*command: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     )
 
 
+@needs_float16
 @pytest.mark.parametrize("with_plan", [False, True])
 def test_where_nothing_is_pruned_all_is_stocks(tmp_path: Path, with_plan: bool) -> None:
     """To the bit: without a plan everything; with one, what shows no image."""
@@ -556,6 +558,7 @@ def test_where_nothing_is_pruned_all_is_stocks(tmp_path: Path, with_plan: bool) 
     assert with_plan == (ours["shown logits"] != stock["shown logits"])
 
 
+@needs_float16
 def test_cli_two_turns(checkpoint: Path, tmp_path: Path) -> None:
     random_llava.picture(1).save(tmp_path / "picture.png")
     done = run(
@@ -568,6 +571,7 @@ def test_cli_two_turns(checkpoint: Path, tmp_path: Path) -> None:
     assert done.stdout.rstrip().endswith("exit...")
 
 
+@needs_float16
 def test_eval_model(
     checkpoint: Path,
     tmp_path: Path,

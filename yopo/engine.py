@@ -133,9 +133,10 @@ class Pass:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x (N, H, D) by cos, sin (N, 1, D)."""
+    """Rotary position embedding of x (N, H, D) by cos, sin (N, 1, D); x's dtype, also in autocast
+    (which leaves x in half precision and the angles in float32)."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 def attend_layer(

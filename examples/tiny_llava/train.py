@@ -1,0 +1,121 @@
+"""Makes the tiny LLaVA, dense and pruned, from easy-VQA: `python examples/tiny_llava/train.py`.
+
+Every stage leaves its result in work/ and is skipped when that is there; the long ones also go on
+from where they were stopped. Delete work/ to start afresh.
+"""
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for yopo where it is not installed
+
+import torch
+from checkpoint import CHECKPOINTS, CLIP_FOLDER, HERE, write_clip, write_text_files, write_weights
+from data import PATCHES_PER_SIDE, Split, load_split
+from language import TinyLlava, compute_features, train_language
+from text import VOCABULARY, Prompts, train_tokenizer
+from tower import train_tower
+from tqdm import trange
+from transformers import AutoTokenizer
+
+from yopo import PruningPlan, apply
+from yopo.calibrate import released_head_keep, solve_alpha, visual_ratio
+
+LAYER_CUT, WINDOW, FFN_RATIO = 3, 5, 2
+KEPT_HEADS = 0.5  # of all, the first two layers' (which the released rule always keeps) included
+SAMPLES = 100  # for the head mask, as released
+
+
+@torch.no_grad()
+def head_ratios(
+    model: TinyLlava, stored: torch.Tensor, split: Split, prompts: Prompts
+) -> torch.Tensor:
+    """(samples, layers, heads): how much each head of the dense model looks at the image."""
+    model.llama.set_attn_implementation("eager")  # the only one that returns its probabilities
+    ratios = []
+    for image in trange(SAMPLES, desc="heads"):
+        question, _ = split.turns[image][0]
+        ids = torch.tensor([prompts.question(question)])
+        rows = model.embed(stored[0, image, None].float(), ids)
+        place = torch.arange(rows.shape[1]) - len(prompts.system)
+        visual = (place >= 0) & (place < PATCHES_PER_SIDE**2)
+        attentions = model.llama.model(inputs_embeds=rows, output_attentions=True).attentions
+        ratios.append(visual_ratio((layer[0] for layer in attentions), visual))
+    model.llama.set_attn_implementation("sdpa")
+    return torch.stack(ratios)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="folder of the stages")
+    work = parser.parse_args().work
+    work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    began = time.time()
+    train, test = load_split("train"), load_split("test")
+
+    # The tokenizer, and the images that the README and the tests show the model.
+    dense, pruned = CHECKPOINTS["dense"], CHECKPOINTS["pruned"]
+    write_text_files(dense, VOCABULARY)
+    if not (dense / "tokenizer.model").exists():
+        train_tokenizer(dense)
+    prompts = Prompts(AutoTokenizer.from_pretrained(dense, use_fast=False))
+    (HERE / "images").mkdir(exist_ok=True)
+    for path in test.paths[:4]:
+        shutil.copy(path, HERE / "images" / f"easy-vqa-test-{path.name}")
+
+    # 1. The tower learns to see, then stays as it is.
+    if not (work / "tower.pt").exists():
+        train_tower(train, test, work, steps=1400, batch=32, rate=1e-3)
+    write_clip(torch.load(work / "tower.pt", weights_only=True))
+    # From the files, so that the language model meets what float16 makes of the tower.
+    stored = compute_features(CLIP_FOLDER, train, work / "train-features.pt")
+    test_stored = compute_features(CLIP_FOLDER, test, work / "test-features.pt")
+
+    model = TinyLlava(VOCABULARY, prompts.system)
+
+    def learn(name: str, **settings: Any) -> None:
+        """Leaves the model as the stage makes it, or made it before."""
+        if not (work / f"{name}.pt").exists():
+            data = (train, stored, test, test_stored)
+            train_language(name, model, data, prompts, work, **settings)
+        model.load_state_dict(torch.load(work / f"{name}.pt", weights_only=True))
+
+    # 2. Projector and language model learn to answer, cheaply: 36 averaged visual tokens, and
+    # at first no "no" or "not" in the questions;
+    # 3. then with all 576.
+    learn("plain", side=6, steps=500, batch=16, rate=1e-3, negations=False)
+    learn("pooled", side=6, steps=300, batch=16, rate=1e-3)
+    learn("dense", side=PATCHES_PER_SIDE, steps=150, batch=16, rate=5e-4)
+    write_weights(dense, model.llava_weights())
+
+    # 4. Which heads look at the image.
+    ratios = head_ratios(model, stored, train, prompts)
+    alpha = solve_alpha(ratios, KEPT_HEADS)
+    keep = released_head_keep(ratios, alpha)
+    print(f"alpha {alpha:.4f} keeps {keep.sum()} of {keep.numel()} heads: {keep.sum(1).tolist()}")
+
+    # 5. The model learns to do with what the plan leaves.
+    plan = PruningPlan(
+        head_keep=keep,
+        window=WINDOW,
+        layer_cut=LAYER_CUT,
+        ffn_ratio=FFN_RATIO,
+        head_mass="exact",
+        cut_mass="exact",
+    )
+    apply(model.llama, plan)
+    learn("pruned", side=PATCHES_PER_SIDE, steps=100, batch=16, rate=5e-4, visual_mask=True)
+    extra = {"sprompt_len": len(prompts.system), "yopo": model.llama.config.yopo}
+    write_text_files(pruned, VOCABULARY, extra)
+    shutil.copy(dense / "tokenizer.model", pruned)
+    write_weights(pruned, model.llava_weights())
+    print(f"all stages: {(time.time() - began) / 60:.0f} minutes")
+
+
+if __name__ == "__main__":
+    main()
