@@ -33,6 +33,8 @@ from layouts import (
 from oracle import extended, oracle_forward
 from torch import Tensor
 
+from yopo import apply
+from yopo._compat import DynamicCache
 from yopo.plan import PruningPlan
 
 
@@ -458,3 +460,31 @@ def test_no_warnings_in_the_main_path() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(**case.kwargs(), use_cache=True)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_plan_or_batch_is_refused() -> None:
+    model = build(SHAPE, a_plan())
+    case = left_padded()
+    past = model(**case.kwargs(), use_cache=True).past_key_values
+    token = torch.ones(len(ROWS), 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="holds 3 rows, this call has 2"):
+        model(input_ids=token[:2], past_key_values=past)
+    other = a_plan("drop", "drop")
+    apply(model, other)
+    with pytest.raises(ValueError, match="another plan"):
+        model(input_ids=token, past_key_values=past)
+    apply(model, a_plan())  # an equal plan is the same
+    assert model(input_ids=token, past_key_values=past).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_refused_call_leaves_the_callers_cache_alone() -> None:
+    model = build(SHAPE, a_plan())
+    case = make_case([ROWS[0]], 32)
+    cache = DynamicCache()
+    wrong = {"attention_mask": None, "position_ids": torch.zeros(case.shape).long()}
+    wrong["position_ids"][0, 0] = 1
+    with pytest.raises(ValueError, match="start anew"):
+        model(**(case.kwargs() | wrong), past_key_values=cache)
+    assert type(cache) is DynamicCache

@@ -10,6 +10,7 @@ from layouts import MASS, ROWS, SHAPE, VOCAB, Case, a_plan, build, left_padded, 
 from oracle import extended, oracle_forward, oracle_greedy
 from torch import Tensor
 
+from yopo import remove
 from yopo.plan import PruningPlan
 
 
@@ -134,3 +135,31 @@ def test_generate_streams() -> None:
     with torch.no_grad():
         truth = oracle_greedy(model, plan, case.inputs_embeds, case.layout, 5)
     assert torch.equal(tokens, truth)
+
+
+@pytest.mark.parametrize("masses", MASS, ids="/".join)
+def test_a_batch_padded_on_the_right_goes_on_as_stocks_does(masses: tuple[str, str]) -> None:
+    """The next token of a short row is read off its last pad, so that pad must be computed. With
+    every head kept and no window the pruned pass is the dense one, and stock the reference."""
+    nothing = PruningPlan(torch.ones(3, 4), head_mass=masses[0], cut_mass=masses[1])
+    model = build(SHAPE, nothing)
+    case = make_case(ROWS, SHAPE.heads * 8)
+    assert not case.attention_mask[:, -1].all()
+    told = {"attention_mask": case.attention_mask, "max_new_tokens": 4, "do_sample": False}
+    ours = model.generate(
+        inputs_embeds=case.inputs_embeds,
+        visual_mask=case.visual,
+        visual_grids=case.all_grids,
+        **told,
+    )
+    remove(model)
+    assert torch.equal(ours, model.generate(inputs_embeds=case.inputs_embeds, **told))
+
+
+@pytest.mark.parametrize("width", [3, 40])
+def test_a_visual_mask_of_another_width_than_the_prompt_is_refused(width: int) -> None:
+    model = build(SHAPE, a_plan())
+    embeds = make_case([ROWS[0]], SHAPE.heads * 8).inputs_embeds
+    mask = torch.zeros(1, width, dtype=torch.bool)
+    with pytest.raises(ValueError, match=rf"visual_mask has shape \(1, {width}\)"):
+        model.generate(inputs_embeds=embeds, visual_mask=mask, max_new_tokens=2)

@@ -43,6 +43,11 @@ def arguments() -> dict[str, Any]:
         ({"visual_mask": torch.ones(2, 9).bool()}, r"visual_mask has shape \(2, 9\)"),
         ({"visual_mask": torch.zeros(1, 8).bool()}, r"visual_mask has shape \(1, 8\)"),
         ({"visual_mask": None}, "visual_grids is given without visual_mask"),
+        ({"visual_mask": [[False] * 9]}, "visual_mask is of list"),
+        ({"visual_mask": torch.full((1, 9), 0.5)}, "visual_mask is of torch.float32"),
+        ({"visual_mask": torch.full((1, 9), 2)}, "visual_mask holds the value 2"),
+        ({"visual_grids": [(2, 2)]}, "visual_grids has"),
+        ({"visual_grids": [[(2, 2)], [(2, 2)]]}, "grids for 2 rows"),
     ],
 )
 @torch.no_grad()

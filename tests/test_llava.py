@@ -331,6 +331,46 @@ def close_to_oracle(model: Any, out: Any, embeds: Tensor, layout: Any, mask: Any
     assert (scores - oracle.logits[:, -steps - 1 :])[known].abs().max() < 1e-3
 
 
+def test_a_model_call_within_generate_is_a_call_of_its_own(flat: Any) -> None:
+    """Logits processors run models, too (contrastive decoding, guidance)."""
+    ids, text = torch.tensor([[1, 5, IMAGE, 6, 7]]), torch.tensor([[1, 9, 8, 7, 6, 5, 9, 8]])
+    other = torch.tensor([[1, IMAGE, 9]])
+    with torch.no_grad():
+        alone = flat(text).logits, flat(other, images=pixels(1, seed=4)).logits
+    undisturbed = generated(flat, ids, pixels(1))
+    seen = []
+
+    def nested(_: Tensor, scores: Tensor) -> Tensor:
+        seen.append((flat(text).logits, flat(other, images=pixels(1, seed=4)).logits))
+        return scores
+
+    out = generated(flat, ids, pixels(1), logits_processor=[nested])
+    assert torch.equal(out.tokens, undisturbed.tokens)
+    assert len(seen) == 6
+    for pair in seen:
+        assert all(torch.equal(a, b) for a, b in zip(pair, alone, strict=True))
+
+
+def test_visual_mask_says_where_the_image_is_in_embeddings_of_ones_own(flat: Any) -> None:
+    ids, mask = batch([[1, 5, IMAGE, 6, 7]])
+    embeds, layout, _ = prepared(flat, ids, mask, pixels(1))
+    with torch.no_grad():
+        told = flat(inputs_embeds=embeds, visual_mask=layout.visual).logits
+        shown = flat(ids, images=pixels(1)).logits
+    assert torch.equal(told, shown)
+
+
+def test_right_padding_gives_the_short_row_real_logits(flat: Any, config: Any) -> None:
+    """Its first token is read off its last pad: a query that nothing else sees."""
+    config.tokenizer_padding_side = "right"
+    ids, mask = batch([[1, 5, IMAGE, 6, 7], [1, 5, 6, 7]])
+    out = generated(flat, ids, pixels(2), attention_mask=mask)
+    alone = generated(flat, ids[:1], pixels(1), attention_mask=mask[:1])
+    assert torch.equal(out.tokens[0], alone.tokens[0])
+    short = out.scores[0][1]
+    assert short[short.isfinite()].std() > 0
+
+
 def test_greedy_is_the_oracles(flat: Any) -> None:
     for row in ([1, 5, IMAGE, *WORDS], [IMAGE, IMAGE, 7], [1, *WORDS, IMAGE, 7, IMAGE]):
         ids, images = torch.tensor([row]), pixels(row.count(IMAGE))

@@ -12,6 +12,7 @@ from oracle import oracle_forward, oracle_loss
 from torch import Tensor, nn
 
 from yopo import apply
+from yopo._compat import DynamicCache
 from yopo.plan import PruningPlan
 
 SHAPE = Shape(attention_bias=True)
@@ -361,3 +362,11 @@ def test_a_plan_applied_in_inference_mode_still_trains() -> None:
     with torch.inference_mode():
         apply(model, a_plan())
     assert engine_gradients(model, case, labels)["loss"].isfinite()
+
+
+def test_a_cache_and_gradient_checkpointing_are_refused() -> None:
+    case, labels = a_case()
+    model = build(SHAPE, a_plan()).train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        model(**case.kwargs(), labels=labels, past_key_values=DynamicCache())

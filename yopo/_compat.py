@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache
 __all__ = [
     "DynamicCache",
     "attention_is_switchable",
+    "auto_tokenizer_ignores_class",
     "clear_dynamic_cache",
     "exchange_class",
     "modules_named",
@@ -160,3 +161,12 @@ def attention_is_switchable() -> bool:
     """Whether config._attn_implementation acts on a live model: from 4.48 on; before, each kind of
     attention was a class of its own."""
     return hasattr(transformers.modeling_utils, "ALL_ATTENTION_FUNCTIONS")
+
+
+# ----------------------------------------------------------------------------------- tokenizers
+
+
+def auto_tokenizer_ignores_class() -> bool:
+    """Whether AutoTokenizer goes by config.model_type against the tokenizer_class that a checkpoint
+    names: from 5 on, if it knows that model_type; before, the named class won."""
+    return Version(transformers.__version__).release >= (5,)

@@ -10,6 +10,7 @@ import copy
 from typing import Any, TypeVar
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from . import modeling_llama_prune as prune
 from ._compat import exchange_class, require_transformers
@@ -32,13 +33,23 @@ def apply(model: Model, plan: PruningPlan) -> Model:
     that yopo knows.
     """
     require_transformers()
+    if not isinstance(plan, PruningPlan):
+        raise TypeError(f"plan is a {type(plan).__name__}; apply takes a yopo.PruningPlan")
     causal = _causal_lm(model)
     plan.validate(causal.config)
     stack = causal.model
+    for module in (causal, stack):
+        if "forward" in vars(module) and "_old_forward" not in vars(module):
+            raise ValueError(
+                f"the forward of this {type(module).__name__} was replaced on the instance (as "
+                "accelerator.prepare does), which would go on running the unpruned one: apply the "
+                "plan first"
+            )
     if not hasattr(causal, "_yopo_before"):
         present = [name for name in _PLAN_FIELDS if hasattr(causal.config, name)]
         fields = {name: copy.deepcopy(getattr(causal.config, name)) for name in present}
-        causal._yopo_before = (type(causal), type(stack), fields)
+        loaded = getattr(stack, "yopo_plan", None)
+        causal._yopo_before = (type(causal), type(stack), loaded, fields)
     exchange_class(stack, _with_mixin(type(stack), prune.PrunedModelMixin))
     exchange_class(causal, _pruned_causal(type(causal)))
     stack.set_plan(plan)
@@ -49,19 +60,21 @@ def apply(model: Model, plan: PruningPlan) -> Model:
 def remove(model: Model) -> Model:
     """Takes the plan off `model` in place and returns it.
 
-    After `apply`, classes and config are what they were. A model that was loaded with a plan
-    becomes one without: its config loses the fields that would bring the plan back.
+    After `apply`, classes, config and plan are what they were before it. A model that was loaded
+    with a plan, and had none applied, becomes one without: its config loses the fields that would
+    bring the plan back.
     """
     causal = _causal_lm(model)
     if hasattr(causal, "_yopo_before"):
-        causal_class, stack_class, fields = causal._yopo_before
+        causal_class, stack_class, loaded, fields = causal._yopo_before
         del causal._yopo_before
     else:
-        causal_class, stack_class, fields = type(causal), type(causal.model), {}
+        causal_class, stack_class, loaded, fields = type(causal), type(causal.model), None, {}
     if isinstance(causal.model, prune.PrunedModelMixin):
-        causal.model.set_plan(None)
-        for attribute in ("yopo_plan", "_yopo_stack"):
-            vars(causal.model).pop(attribute, None)
+        causal.model.set_plan(loaded)
+        if loaded is None:
+            for attribute in ("yopo_plan", "_yopo_stack"):
+                vars(causal.model).pop(attribute, None)
     exchange_class(causal.model, stack_class)
     exchange_class(causal, causal_class)
     for name in _PLAN_FIELDS:
@@ -80,12 +93,14 @@ def plan_of(model: nn.Module) -> PruningPlan | None:
     return None
 
 
-def _causal_lm(model: nn.Module) -> Any:
-    for module in model.modules():
-        if isinstance(module, prune.StockLlamaForCausalLM):
-            return module
+def _causal_lm(model: Any) -> Any:
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    # The outermost transformers model: a Llama inside another family's model is that family's.
+    found = next((module for module in modules if isinstance(module, PreTrainedModel)), model)
+    if isinstance(found, prune.StockLlamaForCausalLM):
+        return found
     raise TypeError(
-        f"yopo cannot prune a {type(model).__name__}: it knows LlamaForCausalLM and models built "
+        f"yopo cannot prune a {type(found).__name__}: it knows LlamaForCausalLM and models built "
         "on it, such as the original LLaVA's LlavaLlamaForCausalLM"
     )
 

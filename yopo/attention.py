@@ -83,6 +83,8 @@ class TextSight:
             :, None
         ]  # empty query slots see all: their output is dropped, but must not be NaN
         text_only = every[..., n_visual:]
+        # A pad in the last column, behind nothing but an image: no text to see, and not NaN either.
+        text_only = text_only | ~text_only.any(-1, keepdim=True)
         return cls(
             None if bool(every.all()) else every,
             None if bool(text_only.all()) else text_only.contiguous(),

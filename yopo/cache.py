@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ._compat import DynamicCache, clear_dynamic_cache, read_stock_cache
 from .layout import VisualLayout
+from .plan import PruningPlan
 
 GROWTH = (
     1.5  # a full buffer is copied into one this much longer, so that a decode step copies no prefix
@@ -132,6 +133,7 @@ class VisualCache(DynamicCache):
 
     stores: per layer the two `HeadStore`s (heads whose text queries see visual tokens, blind
     heads).
+    plan: that of the model which filled it.
     length: tokens seen in each row, visual ones and padding included.
     layout: of the whole sequence, (B, length).
     text_order, visual_order: (B, T) and (B, V) int64, the place of each slot in its row's sequence;
@@ -143,10 +145,16 @@ class VisualCache(DynamicCache):
     """
 
     stores: list[tuple[HeadStore, HeadStore]]
+    plan: PruningPlan
 
     @classmethod
     def adopt(
-        cls, cache: Any, batch: int, valid: Tensor, kv_heads: list[tuple[Tensor, Tensor]]
+        cls,
+        cache: Any,
+        plan: PruningPlan,
+        batch: int,
+        valid: Tensor,
+        kv_heads: list[tuple[Tensor, Tensor]],
     ) -> VisualCache:
         """The cache for a pass: `cache` itself, turned into a VisualCache, or a new one in place of
         None or a tuple.
@@ -171,6 +179,7 @@ class VisualCache(DynamicCache):
         # In place, since the caller goes on with this very object; the two classes differ in
         # Python attributes only.
         cache.__class__ = cls
+        cache.plan = plan
         cache.stores = [(HeadStore(), HeadStore()) for _ in kv_heads]
         cache.length = past[0][0].shape[2] if past else 0
         cache.layout = VisualLayout.empty(batch, cache.length)
@@ -184,6 +193,19 @@ class VisualCache(DynamicCache):
                     at = head.to(keys.device)
                     store.append(keys.index_select(1, at), values.index_select(1, at))
         return cache
+
+    def check(self, plan: PruningPlan, batch: int) -> None:
+        """Raises ValueError unless a model with `plan` can go on from here with `batch` rows."""
+        if self.plan is not plan and self.plan != plan:
+            raise ValueError(
+                "past_key_values was filled under another plan than the model's, and holds other "
+                "heads: start again with past_key_values=None"
+            )
+        if self.valid.shape[0] != batch:
+            raise ValueError(
+                f"past_key_values holds {self.valid.shape[0]} rows, this call has {batch}: use "
+                "batch_select_indices or batch_repeat_interleave, or start again with None"
+            )
 
     def extend(
         self, layout: VisualLayout, valid: Tensor, text_order: Tensor, visual_order: Tensor
@@ -265,6 +287,9 @@ class VisualCache(DynamicCache):
             "each layer; unpruned layers cannot go on from it. Keep the plan applied, or start "
             "again with past_key_values=None"
         )
+
+    def reset(self) -> None:
+        raise ValueError("a cache filled by a pruned pass cannot be reset: take a new DynamicCache")
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(

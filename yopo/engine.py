@@ -242,6 +242,13 @@ class Stack:
             dropout=getattr(config, "attention_dropout", 0.0) or 0.0,
         )
 
+    def on(self, layer: int, device: torch.device) -> LayerPlan:
+        """The plan of a layer with its index tensors where the layer computes, moved there once."""
+        if self.plans[layer].kv[0].device != device:
+            with torch.inference_mode(False):  # they outlive this call, and training may follow
+                self.plans[layer] = to_device(self.plans[layer], device)
+        return self.plans[layer]
+
     def kv_heads(self) -> list[tuple[Tensor, Tensor]]:
         """For each layer the key/value heads of its two stores."""
         return [plan.kv for plan in self.plans]
@@ -254,7 +261,13 @@ def execution_device(layer: nn.Module) -> torch.device:
         return weight.device
     hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
-    return torch.device(next(device for device in devices if device is not None))
+    found = next((device for device in devices if device is not None), None)
+    if found is None:
+        raise RuntimeError(
+            f"a {type(layer).__name__} has its weights on the meta device and no accelerate hook "
+            "that would bring them: load the model's weights first"
+        )
+    return torch.device(found)
 
 
 def run(
@@ -283,7 +296,11 @@ def run(
     batch, n, _ = inputs_embeds.shape
     past = cache.length
     fresh = valid[:, past:]
-    text = Packing.build(fresh & ~layout.visual, past)
+    # Next-token logits are read off the last column, padding or not (a batch padded on the right):
+    # there a pad is computed as stock computes it, a query that no other token sees.
+    queries = fresh.clone()
+    queries[:, -1] |= valid.any(1)
+    text = Packing.build(queries & ~layout.visual, past)
     visual = Packing.build(fresh & layout.visual, past)
     cache.extend(layout, valid, text.order, visual.order)
     rows_at = torch.cat([text.rows, visual.rows])
@@ -313,18 +330,19 @@ def run(
         return merged.index_copy(0, rows_at.to(every.device), every).unflatten(0, (batch, n))
 
     here: tuple[Pass, torch.device] | None = None
-    for layer, layer_plan, stores in zip(layers, stack.plans, cache.stores, strict=True):
+    for index, (layer, stores) in enumerate(zip(layers, cache.stores, strict=True)):
+        device = execution_device(layer)
+        layer_plan = stack.on(index, device)
         if hidden_states is not None:
             hidden_states.append(merge())
         if stopped is None and not layer_plan.runs_visual:
             rows, stopped = rows[: len(text)], rows[len(text) :]
-        device = execution_device(layer)
         if here is None or here[1] != device:
             here = to_device(shared, device), device
         arguments = (
             layer,
             rows.to(device),
-            to_device(layer_plan, device),
+            layer_plan,
             here[0],
             stores,
             stack.neurons,

@@ -109,8 +109,10 @@ def check_image(path: str) -> None:
         return
     if not Path(path).is_file():
         raise BadInput(f"--image-file: there is no file {path!r} (from {Path.cwd()})")
-    from PIL import Image
-
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise BadInput("Pillow is missing, which reads images: pip install pillow") from error
     try:
         with Image.open(path) as image:
             image.load()

@@ -86,7 +86,8 @@ def may_show_image(
         released = embedded and past == 0 and getattr(config, "sprompt_len", None) is not None
         return released and n >= config.sprompt_len + RELEASED_GRID[0] * RELEASED_GRID[1]
     if known.visual_mask is None:
-        return known.layout is not None
+        # A prompt's layout is one of embeddings: ids without a cache are another call's.
+        return embedded and known.layout is not None
     if past == 0 and tuple(known.visual_mask.shape) != (batch, n):
         raise ValueError(_other_shape(known.visual_mask, batch, n))
     return bool(known.visual_mask.any())
@@ -146,9 +147,6 @@ def _from_user(known: Call, before: VisualLayout, past: int, n: int, batch: int)
     mask, grids = known.visual_mask, known.grids
     if mask.dim() != 2 or mask.shape[0] != batch:
         raise ValueError(_other_shape(mask, batch, n))
-    if grids is not None and len(grids) != batch and batch % max(len(grids), 1) == 0:
-        # generate() repeats tensors for beams, lists it leaves as they are
-        grids = [row for row in grids for _ in range(batch // len(grids))]
     width = mask.shape[1]
     if width == n:
         return VisualLayout.from_mask(mask, grids, before)

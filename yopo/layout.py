@@ -230,9 +230,21 @@ CALL: ContextVar[Call | None] = ContextVar("yopo_call", default=None)
 
 
 def told(visual_mask: Tensor | None, visual_grids: Sequence[Sequence[Grid]] | None) -> Call:
-    """What a user's arguments say. Raises ValueError for grids without a mask."""
+    """What a user's arguments say. Raises ValueError where they are not of the right kind."""
     if visual_mask is None:
         raise ValueError("visual_grids is given without visual_mask; pass both")
+    if not isinstance(visual_mask, Tensor) or visual_mask.is_floating_point():
+        kind = getattr(visual_mask, "dtype", type(visual_mask).__name__)
+        raise ValueError(f"visual_mask is of {kind}; it must be a bool tensor (batch, tokens)")
+    if visual_mask.dtype != torch.bool and bool((visual_mask & ~1).any()):
+        value = int(visual_mask[(visual_mask & ~1) != 0][0])
+        raise ValueError(f"visual_mask holds the value {value}; allowed: 0, 1 (or bool)")
+    for row in visual_grids or ():
+        if not all(isinstance(grid, Sequence) and len(grid) == 2 for grid in row):
+            raise ValueError(
+                f"visual_grids has {row!r} for a row; give each row of the batch a list of its "
+                "images' (rows, cols): [[(24, 24)], [(24, 24), (12, 16)], …]"
+            )
     return Call(visual_mask=visual_mask, grids=visual_grids)
 
 

@@ -18,7 +18,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from .layout import CALL, Call, Grid, VisualLayout, call
+from .layout import CALL, Call, Grid, VisualLayout, call, during, told
 
 _PREPARE = "prepare_inputs_labels_for_multimodal"
 Method = Callable[..., Any]
@@ -73,10 +73,16 @@ def _wrap_forward(original: Method, signature: inspect.Signature) -> Method:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if lacks_cache_position:
             kwargs.pop("cache_position", None)
+        visual = {name: kwargs.pop(name, None) for name in ("visual_mask", "visual_grids")}
         given = args[embeds_place] if len(args) > embeds_place else kwargs.get("inputs_embeds")
-        # Inside generate the call is open already; of foreign embeddings nothing is known.
-        if CALL.get() is not None or given is not None or not _has_plan(self):
+        if not _has_plan(self):
             return original(self, *args, **kwargs)
+        if any(value is not None for value in visual.values()):
+            with during(told(**visual)):
+                return original(self, *args, **kwargs)
+        if given is not None:  # generate's own, whose call is open, or foreign: nothing is known
+            return original(self, *args, **kwargs)
+        # Never the call that is open around this one: a logits processor may run a model, too.
         with call():
             return original(self, *args, **kwargs)
 
@@ -91,6 +97,7 @@ def _wrap_prepare(original: Method, signature: inspect.Signature) -> Method:
         if known is None or not _has_plan(self):
             return original(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
         if bound.arguments["input_ids"] is None or bound.arguments["images"] is None:
             return original(self, *args, **kwargs)
         return _prepare_and_learn(self, original, bound, known)

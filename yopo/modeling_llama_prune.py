@@ -109,6 +109,8 @@ class PrunedModelMixin:
             self._yopo_warned = warn_of_foreign_embeddings(n, self.config)
         if not may_show_image(known, past_key_values, past, batch, n, embedded, self.config):
             return as_stock()
+        if isinstance(past_key_values, VisualCache):
+            past_key_values.check(self.yopo_plan, batch)
         valid = valid_tokens(attention_mask, past_key_values, batch, past, n)
         layout = resolve_layout(known, past_key_values, past, valid[:, past:], self.config)
         if not layout.visual.any() and not isinstance(past_key_values, VisualCache):
@@ -125,12 +127,16 @@ class PrunedModelMixin:
         if use_cache is None:
             use_cache = self.config.use_cache
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        cache = VisualCache.adopt(
-            past_key_values, batch, valid[:, :past], self._yopo_stack.kv_heads()
-        )
+        if checkpointing and past_key_values is not None:
+            raise ValueError(
+                "past_key_values is given, but with gradient checkpointing layers run twice and "
+                "nothing can be cached: pass past_key_values=None"
+            )
         masked = attention_mask is not None
         position_ids = positions(position_ids, batch, past, n, inputs_embeds.device, masked)
         cos, sin = rope(self, inputs_embeds, position_ids, past + n)
+        heads = self._yopo_stack.kv_heads()
+        cache = VisualCache.adopt(past_key_values, self.yopo_plan, batch, valid[:, :past], heads)
         hidden_states: list[Tensor] | None = [] if output_hidden_states else None
         keep_cache = (use_cache and not checkpointing) or past_key_values is not None
         out = engine.run(
@@ -180,6 +186,17 @@ class PrunedCausalLMMixin:
         with during(told(visual_mask, visual_grids)):
             return super().forward(*args, **kwargs)
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        mask, tokens = kwargs.get("visual_mask"), kwargs.get("inputs_embeds")
+        if tokens is None:
+            tokens = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if mask is not None and tokens is not None and mask.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"visual_mask has shape {tuple(mask.shape)}; the prompt's tokens are (batch, "
+                f"tokens) = {tuple(tokens.shape[:2])}"
+            )
+        return super().generate(*args, **kwargs)
+
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         visual = {name: kwargs.pop(name, None) for name in ("visual_mask", "visual_grids")}
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
@@ -188,7 +205,12 @@ class PrunedCausalLMMixin:
             # Without a cache all tokens come again at each step, the generated ones with them.
             tokens = inputs.get("inputs_embeds")
             tokens = inputs["input_ids"] if tokens is None else tokens
-            visual["visual_mask"] = F.pad(mask, (0, tokens.shape[1] - mask.shape[1]))
+            visual["visual_mask"] = F.pad(mask, (0, max(0, tokens.shape[1] - mask.shape[1])))
+        grids = visual["visual_grids"]
+        if mask is not None and grids and mask.shape[0] % len(grids) == 0:
+            # generate() repeats tensors for beams; lists it leaves as they are.
+            repeats = mask.shape[0] // len(grids)
+            visual["visual_grids"] = [row for row in grids for _ in range(repeats)]
         return {**inputs, **{name: value for name, value in visual.items() if value is not None}}
 
 

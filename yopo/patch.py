@@ -2,7 +2,7 @@
 `patched`. Importing this module enables. It holds no model code and no mathematics.
 
 The Auto classes look names up in `transformers.models.llama` each time they are used, so they
-follow without being touched.
+follow without being touched; only AutoTokenizer is, on transformers 5, see llava_tokenizer.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
-from . import _compat, llava
+from . import _compat, llava, llava_tokenizer
 
 _HOME = "transformers.models.llama"
 _NAMES = ("LlamaModel", "LlamaForCausalLM")
@@ -42,6 +42,7 @@ def enable() -> None:
             setattr(module, name, getattr(ours, name))
     if llava.instrument not in ours.SUBCLASS_HOOKS:  # stays after undo(), see there
         ours.SUBCLASS_HOOKS.append(llava.instrument)
+    llava_tokenizer.install()
 
 
 def undo() -> None:
@@ -55,6 +56,7 @@ def undo() -> None:
     for module in _holders():
         for name, stock in _stock.items():
             setattr(module, name, stock)
+    llava_tokenizer.uninstall()
     _stock.clear()
 
 

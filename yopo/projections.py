@@ -17,7 +17,9 @@ def is_plain(module: nn.Module) -> bool:
     now.
     """
     hooked = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
-    return type(module) is nn.Linear and not hooked and not module.weight.is_meta
+    # A weight of another type is a tensor subclass: quantised in place, or sharded.
+    plain_weight = type(module) is nn.Linear and type(module.weight) is nn.Parameter
+    return plain_weight and not hooked and not module.weight.is_meta
 
 
 def head_columns(index: Tensor, head_dim: int) -> Tensor:
