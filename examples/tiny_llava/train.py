@@ -52,7 +52,15 @@ def head_ratios(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder of the stages")
-    work = parser.parse_args().work
+    parser.add_argument(
+        "--share", type=float, default=1, help="of each stage's steps: 0.01 tries the course out"
+    )
+    arguments = parser.parse_args()
+    work = arguments.work
+
+    def share(steps: int) -> int:
+        return max(2, round(steps * arguments.share))
+
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     began = time.time()
@@ -70,7 +78,7 @@ def main() -> None:
 
     # 1. The tower learns to see, then stays as it is.
     if not (work / "tower.pt").exists():
-        train_tower(train, test, work, steps=1400, batch=32, rate=1e-3)
+        train_tower(train, test, work, steps=share(1400), batch=32, rate=1e-3)
     write_clip(torch.load(work / "tower.pt", weights_only=True))
     # From the files, so that the language model meets what float16 makes of the tower.
     stored = compute_features(CLIP_FOLDER, train, work / "train-features.pt")
@@ -88,9 +96,9 @@ def main() -> None:
     # 2. Projector and language model learn to answer, cheaply: 36 averaged visual tokens, and
     # at first no "no" or "not" in the questions;
     # 3. then with all 576.
-    learn("plain", side=6, steps=500, batch=16, rate=1e-3, negations=False)
-    learn("pooled", side=6, steps=300, batch=16, rate=1e-3)
-    learn("dense", side=PATCHES_PER_SIDE, steps=150, batch=16, rate=5e-4)
+    learn("plain", side=6, steps=share(500), batch=16, rate=1e-3, negations=False)
+    learn("pooled", side=6, steps=share(300), batch=16, rate=1e-3)
+    learn("dense", side=PATCHES_PER_SIDE, steps=share(150), batch=16, rate=5e-4)
     write_weights(dense, model.llava_weights())
 
     # 4. Which heads look at the image.
@@ -109,7 +117,7 @@ def main() -> None:
         cut_mass="exact",
     )
     apply(model.llama, plan)
-    learn("pruned", side=PATCHES_PER_SIDE, steps=100, batch=16, rate=5e-4, visual_mask=True)
+    learn("pruned", side=PATCHES_PER_SIDE, steps=share(100), batch=16, rate=5e-4, visual_mask=True)
     extra = {"sprompt_len": len(prompts.system), "yopo": model.llama.config.yopo}
     write_text_files(pruned, VOCABULARY, extra)
     shutil.copy(dense / "tokenizer.model", pruned)
