@@ -79,9 +79,8 @@ class TextSight:
         mine = text.order[:, :, None]
         every = alive[:, None, :] & (order[:, None, :] <= mine)  # (B, W, V + T)
         image_before = every[:, :, :n_visual].any(-1)[:, None, :, None]
-        every = (every | (mine < 0))[
-            :, None
-        ]  # empty query slots see all: their output is dropped, but must not be NaN
+        # Empty query slots see all: their output is dropped, but must not be NaN.
+        every = (every | (mine < 0))[:, None]
         text_only = every[..., n_visual:]
         # A pad in the last column, behind nothing but an image: no text to see, and not NaN either.
         text_only = text_only | ~text_only.any(-1, keepdim=True)

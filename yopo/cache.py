@@ -131,14 +131,15 @@ def _grown(
 class VisualCache(DynamicCache):
     """Cache of a pruned pass over a prompt with images.
 
-    stores: per layer the two `HeadStore`s (heads whose text queries see visual tokens, blind
-    heads).
+    stores: per layer the two `HeadStore`s, of heads whose text queries see visual tokens and of
+        blind heads.
     plan: that of the model which filled it.
     length: tokens seen in each row, visual ones and padding included.
     layout: of the whole sequence, (B, length).
     text_order, visual_order: (B, T) and (B, V) int64, the place of each slot in its row's sequence;
-    -1 in empty slots.
+        -1 in empty slots.
     valid: (B, length) bool, False at padding.
+
     These tensors lie on the CPU, where masks are made of them: a decode step that needs no mask
     then costs the device nothing. Made by `adopt`, which turns the caller's own cache object into
     one, so that it is filled in place.

@@ -23,19 +23,19 @@ from .packing import Packing, to_device
 from .plan import PruningPlan
 from .projections import gated_ffn, project_from_heads, project_to_heads
 
-SEEN, BLIND = (
-    0,
-    1,
-)  # the two stores of a layer: heads whose text queries see visual tokens, and the others
+# The two stores of a layer: heads whose text queries see visual tokens, and the others.
+SEEN, BLIND = 0, 1
 
 
 @dataclass(frozen=True)
 class HeadGroup:
     """Query heads treated alike.
 
-    q: (H',) query heads; None: all. store: SEEN or BLIND, which keys and values they read. kv:
-    (H',) their place among the store's key/value heads; None: one to one. sight: what they get from
-    visual keys. text_mass: (H',) constants m for queries with an image before them; None: 1.
+    q: (H',) query heads; None: all.
+    store: SEEN or BLIND, which keys and values they read.
+    kv: (H',) their place among the store's key/value heads; None: one to one.
+    sight: what they get from visual keys.
+    text_mass: (H',) constants m for queries with an image before them; None: 1.
     """
 
     q: Tensor | None
@@ -49,12 +49,12 @@ class HeadGroup:
 class LayerPlan:
     """What one layer computes under a plan.
 
-    kv: for each store the key/value heads it holds. visual_keys, visual_values: whether a store
-    holds them of visual tokens too. text, visual: head groups of text and of visual queries (heads
-    in no group give zero).
+    kv: for each store the key/value heads it holds.
+    visual_keys, visual_values: whether a store holds those of visual tokens too.
+    text, visual: head groups of text and of visual queries (heads in no group give zero).
     text_order: (H,) puts the concatenated outputs of `text` back in head order; None if they are.
-    visual_heads: the query heads of `visual` in that order; None: all in order. runs_visual: visual
-    rows pass this layer.
+    visual_heads: the query heads of `visual` in that order; None: all in order.
+    runs_visual: visual rows pass this layer.
     """
 
     kv: tuple[Tensor, Tensor]
@@ -114,9 +114,10 @@ class LayerPlan:
 class Pass:
     """All that the layers of one forward share, on one device.
 
-    text, visual: packings. cos, sin: (Nt + Nv, 1, D), text rows first. text_sight, visual_sight:
-    see attention.py
-    and neighbours.py. keep: the stores stay for the next forward; spare: with room for its tokens.
+    text, visual: packings.
+    cos, sin: (Nt + Nv, 1, D), text rows first.
+    text_sight, visual_sight: see attention.py and neighbours.py.
+    keep: the stores stay for the next forward; spare: with room for its tokens.
     """
 
     text: Packing

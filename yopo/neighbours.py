@@ -42,8 +42,8 @@ class Band:
 class ImageGroup:
     """G images of one grid and one number of cells, attended together, each within itself.
 
-    row: (G,) batch row. slots: (G, cells) visual slots; None where images are the visual region,
-    row by row.
+    row: (G,) batch row.
+    slots: (G, cells) visual slots; None where images are the visual region, row by row.
     packed: (G·cells,) packed visual rows in that order; None where that is all of them in order.
     text_slots: Tb, how many text slots stand before any of the images.
     """
@@ -80,9 +80,8 @@ def visual_sight(
     `layout` describes the columns of this forward, whose tokens stand in the cache's slots already;
     `cache.layout` the whole sequence; `valid` (B, length) bool.
     """
-    images: dict[
-        tuple[int, int, int], list[tuple[int, int, int]]
-    ] = {}  # (rows, cols, cells) → (row, packed, slot)
+    # (rows, cols, cells) of images alike → (batch row, first packed row, first slot) of each
+    images: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
     first_slot = cache.visual_order.shape[1] - visual.width
     whole, packed = True, 0
     for b, grids in enumerate(layout.grids):
