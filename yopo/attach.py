@@ -109,7 +109,7 @@ def _pruned_causal(stock: type) -> type:
     """The class that tells `stock`'s decoder stack where the visual tokens are."""
     if not is_llava(stock):
         return _with_mixin(stock, prune.PrunedCausalLMMixin)
-    # LLaVA's forward has no room for visual_mask: there the layout comes with its images.
+    # There the layout comes with LLaVA's images; the wrapped forward takes visual_mask as well.
     cls = _derived(stock, (stock,))
     instrument(cls)
     return cls

@@ -10,6 +10,7 @@ or weight bytes at the bandwidth, measured in the same run, whichever is longer 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from . import attach
 from . import modeling_llama_prune as prune
-from ._compat import attention_is_switchable, exchange_class
+from ._compat import attention_is_switchable, exchange_class, read_stock_cache
 from .bench_report import Arm, machine, rates, result_of, save, table, timed
 from .cli import BadInput
 from .flops import Prompt
@@ -275,8 +276,6 @@ def _arms(args: argparse.Namespace, model: Any, plan: PruningPlan | None, case: 
 
 def _last_only(model: Any) -> dict[str, int]:
     """Logits of the last row alone, under the name this transformers has for it (none: all)."""
-    import inspect
-
     known = inspect.signature(type(model).forward).parameters
     return {name: 1 for name in ("logits_to_keep", "num_logits_to_keep") if name in known}
 
@@ -333,6 +332,4 @@ def _peak(device: torch.device) -> Iterator[Callable[[], int]]:
 def _cache_bytes(cache: Any) -> int:
     if hasattr(cache, "nbytes"):
         return cache.nbytes()
-    from ._compat import read_stock_cache
-
     return sum(t.numel() * t.element_size() for pair in read_stock_cache(cache) for t in pair)

@@ -89,7 +89,7 @@ def may_show_image(
         # A prompt's layout is one of embeddings: ids without a cache are another call's.
         return embedded and known.layout is not None
     if past == 0 and tuple(known.visual_mask.shape) != (batch, n):
-        raise ValueError(_other_shape(known.visual_mask, batch, n))
+        raise ValueError(other_shape(known.visual_mask, batch, n))
     return bool(known.visual_mask.any())
 
 
@@ -136,7 +136,8 @@ def resolve_layout(
     return layout
 
 
-def _other_shape(mask: Tensor, batch: int, n: int) -> str:
+def other_shape(mask: Tensor, batch: int, n: int) -> str:
+    """What to say of a visual_mask that does not fit the (batch, n) tokens of its call."""
     return (
         f"visual_mask has shape {tuple(mask.shape)}; it describes the tokens of this call, which "
         f"are (batch, tokens) = {(batch, n)}"
@@ -146,7 +147,7 @@ def _other_shape(mask: Tensor, batch: int, n: int) -> str:
 def _from_user(known: Call, before: VisualLayout, past: int, n: int, batch: int) -> VisualLayout:
     mask, grids = known.visual_mask, known.grids
     if mask.dim() != 2 or mask.shape[0] != batch:
-        raise ValueError(_other_shape(mask, batch, n))
+        raise ValueError(other_shape(mask, batch, n))
     width = mask.shape[1]
     if width == n:
         return VisualLayout.from_mask(mask, grids, before)
@@ -154,7 +155,7 @@ def _from_user(known: Call, before: VisualLayout, past: int, n: int, batch: int)
     seen = mask[:, :past].to("cpu", torch.bool)
     if past == 0 or width > past + n or not torch.equal(seen, before.visual[:, :width]):
         after = f", after {past} cached tokens with other visual tokens" if past else ""
-        raise ValueError(_other_shape(mask, batch, n) + after)
+        raise ValueError(other_shape(mask, batch, n) + after)
     if width <= past:
         return VisualLayout.empty(batch, n)
     new = torch.zeros(batch, n, dtype=torch.bool, device="cpu")

@@ -21,6 +21,7 @@ from ._compat import exchange_class, rope
 from .cache import VisualCache
 from .inputs import (
     may_show_image,
+    other_shape,
     past_length,
     positions,
     refuse_outputs_and_packing,
@@ -191,10 +192,7 @@ class PrunedCausalLMMixin:
         if tokens is None:
             tokens = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         if mask is not None and tokens is not None and mask.shape != tokens.shape[:2]:
-            raise ValueError(
-                f"visual_mask has shape {tuple(mask.shape)}; the prompt's tokens are (batch, "
-                f"tokens) = {tuple(tokens.shape[:2])}"
-            )
+            raise ValueError(other_shape(mask, *tokens.shape[:2]))
         return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
