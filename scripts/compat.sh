@@ -5,7 +5,8 @@
 #   scripts/compat.sh [--torch V] VERSION…        e.g. scripts/compat.sh 4.36.2 4.45.2
 #
 # PYTHON=python3.10 scripts/compat.sh --torch 2.1.2 4.37.2 is LLaVA's own environment (its torch is
-# a large CUDA build). YOPO_COMPAT_TESTS replaces the arguments given to pytest.
+# a large CUDA build). YOPO_COMPAT_TESTS replaces the arguments given to pytest; YOPO_COMPAT_NEEDS
+# names packages to install besides: peft and scikit-learn, for all of tests/test_families*.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
@@ -23,7 +24,7 @@ failed=()
 for version in "$@"; do
     use_venv "$ROOT/.venvs/$version${torch:+-torch$torch}"
     install_llava "$version" "${torch:-$TORCH_VERSION}"
-    install_missing "${TEST_NEEDS[@]}"
+    install_missing "${TEST_NEEDS[@]}" ${YOPO_COMPAT_NEEDS:-}
     echo "== transformers $version, torch ${torch:-$TORCH_VERSION}"
     "$PY" -m pytest -q -p no:cacheprovider "${tests[@]}" || failed+=("$version")
 done

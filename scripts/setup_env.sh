@@ -9,7 +9,7 @@ TORCH_VERSION=2.13.0
 TRANSFORMERS_VERSION=5.23.0
 LLAVA_REQUIREMENT=llava-torch==1.2.2.post1 # the original LLaVA package
 LLAVA_NEEDS=(pillow accelerate sentencepiece requests protobuf)
-TEST_NEEDS=(pytest hypothesis tabulate matplotlib easy-vqa)
+TEST_NEEDS=(pytest hypothesis tabulate matplotlib easy-vqa scikit-learn tqdm)
 
 die() {
     echo "${0##*/}: $*" >&2

@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 use_venv "$ROOT/.venv"
 install_llava "$TRANSFORMERS_VERSION" "$TORCH_VERSION"
-install_missing "${TEST_NEEDS[@]}" ruff
+install_missing "${TEST_NEEDS[@]}" ruff peft
 cd "$ROOT"
 "$PY" -m ruff check .
 "$PY" -m pytest -q -m "not llava and not versions"
