@@ -7,6 +7,8 @@ import os
 import torch
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["matrix"]
+
 torch.set_num_threads(1)
 os.environ.pop("YOPO_MASS", None)  # the caller's shell must not change what is tested
 

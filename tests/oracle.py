@@ -32,11 +32,12 @@ def inv_freq(config: Any) -> Tensor:
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """x (B, heads, n, D), angles (B, n, D/2)."""
+    """x (B, heads, n, D), angles (B, n, R/2): of the first R features."""
+    x, rest = x[..., : 2 * angles.shape[-1]], x[..., 2 * angles.shape[-1] :]
     cos = torch.cat([angles, angles], -1).cos()[:, None].to(x.dtype)
     sin = torch.cat([angles, angles], -1).sin()[:, None].to(x.dtype)
     a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    return torch.cat([x * cos + torch.cat([-b, a], -1) * sin, rest], -1)
 
 
 def masked_softmax(scores: Tensor, sees: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ def oracle_forward(
 ) -> OracleOutput:
     """One pass over everything. inputs_embeds (B, n, d); layout: visual, image, row, col (B, n);
     attention_mask (B, n), 0 is padding (rows there are unspecified); position_ids (B or 1, n);
-    angles (B, n, D/2) replaces the rotary angles (mrope)."""
+    angles (B, n, R/2) replaces the rotary angles (mrope, partial)."""
     config, layers, keep = model.config, model.model.layers, plan.head_keep.bool()
     B, n, _ = inputs_embeds.shape
     L, H = keep.shape

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from yopo import _compat, llava
 from yopo import modeling_llama_prune as ours
+from yopo.plan import PruningPlan
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = ("transformers", "transformers.models.llama", "transformers.models.llama.modeling_llama")
@@ -264,3 +265,16 @@ def test_enable_asks_for_the_version(patch: Any, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ImportError, match=r"4\.30\.0 is older"):
         patch.enable()
     assert not is_ours()
+
+
+@pytest.mark.skipif(_compat.has_families(), reason="this transformers is new enough for families")
+def test_another_family_with_a_plan_is_refused_by_an_old_transformers(patch: Any) -> None:
+    """And one without a plan is built as ever."""
+    tower = dict(model_type="clip_vision_model", hidden_size=16, intermediate_size=24)
+    tower |= dict(num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4)
+    text = LlamaConfig(**CONFIG).to_dict()
+    config = transformers.LlavaConfig(vision_config=tower, text_config=text)
+    transformers.LlavaForConditionalGeneration(config)
+    PruningPlan(torch.ones(2, 2)).save_to(config)
+    with pytest.raises(ImportError, match="LlavaForConditionalGeneration needs transformers 4.45"):
+        transformers.LlavaForConditionalGeneration(config)

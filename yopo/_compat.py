@@ -24,15 +24,20 @@ __all__ = [
     "auto_tokenizer_ignores_class",
     "clear_dynamic_cache",
     "exchange_class",
+    "has_families",
     "modules_named",
     "read_stock_cache",
+    "require_families",
     "require_transformers",
     "rope",
+    "sliding_window",
+    "weights_only_is_safe",
 ]
 
 # ---------------------------------------------------------------------------- supported versions
 
 OLDEST, NEWEST = (4, 36), (5, 23)  # transformers, as tested; the shapes of Cache set the lower end
+OLDEST_FAMILIES = (4, 45)  # before, prompts with one token for a whole image, expanded by the model
 OLDEST_TORCH = (2, 1)  # scaled_dot_product_attention(scale=), torch.compiler
 
 
@@ -60,6 +65,26 @@ def require_transformers(version: str | None = None, torch_version: str | None =
         f"install 'transformers>={_dotted(OLDEST)},<{following},!=5.0.0', or set "
         "YOPO_ANY_TRANSFORMERS=1 to try this one as it is"
     )
+
+
+def has_families() -> bool:
+    """Whether models other than Llama and the original LLaVA can be pruned."""
+    return Version(transformers.__version__).release[:2] >= OLDEST_FAMILIES
+
+
+def require_families(name: str) -> None:
+    """Raises ImportError, which names the model, unless has_families()."""
+    if not has_families():
+        raise ImportError(
+            f"pruning a {name} needs transformers {_dotted(OLDEST_FAMILIES)} or newer, found "
+            f"{transformers.__version__}: pip install 'transformers>={_dotted(OLDEST_FAMILIES)}'"
+        )
+
+
+def weights_only_is_safe() -> bool:
+    """Whether torch.load(weights_only=True) runs no code of the file: before torch 2.6 one could be
+    made to (CVE-2025-32434)."""
+    return Version(torch.__version__).release >= (2, 6)
 
 
 def _unsupported(version: str) -> str | None:
@@ -96,17 +121,45 @@ def modules_named(name: str) -> list[ModuleType]:
 
 
 def rope(model: nn.Module, x: Tensor, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, n, D) of `position_ids` (B, n), in x's dtype; `length` is that of the whole
-    sequence.
+    """cos and sin (B, n, R) of `position_ids` (B, n), for M-RoPE (3, B, n), in x's dtype; R is the
+    rotated part of a head. `length` is that of the whole sequence.
 
     From the model's own module, so that scaled variants hold: `model.rotary_emb` from 4.43 on, each
-    attention's before; (x, position_ids) from 4.38 on, (x, seq_len) tables before.
+    attention's before; (x, position_ids) from 4.38 on, (x, seq_len) tables before. M-RoPE's three
+    sets of angles are put together by the attention up to 4.57, by the module itself from 5 on.
     """
     rotary = getattr(model, "rotary_emb", None) or model.layers[0].self_attn.rotary_emb
     if "position_ids" in inspect.signature(rotary.forward).parameters:
-        return rotary(x, position_ids)
+        names = ("rope_parameters", "rope_scaling")
+        settings = next(filter(None, (getattr(model.config, name, None) for name in names)), {})
+        sections = settings.get("mrope_section")
+        if sections and position_ids.dim() == 2:
+            position_ids = position_ids.expand(3, -1, -1)
+        cos, sin = rotary(x, position_ids)
+        if cos.dim() == 4:
+            cos, sin = (_mrope(angles, sections) for angles in (cos, sin))
+        return cos, sin
     cos, sin = rotary(x, seq_len=max(length, int(position_ids.max()) + 1))
     return cos[position_ids], sin[position_ids]
+
+
+def _mrope(angles: Tensor, sections: list[int]) -> Tensor:
+    """(3, B, n, D) → (B, n, D): of each half of the head `sections` take time, height and width."""
+    parts = angles.split(list(sections) * 2, dim=-1)
+    return torch.cat([part[i % 3] for i, part in enumerate(parts)], dim=-1)
+
+
+# ------------------------------------------------------------------------------- sliding windows
+
+
+def sliding_window(config: Any) -> int | None:
+    """How far back attention reaches, None if all the way. Qwen's configs name a window that their
+    use_sliding_window turns off; from 4.5x on layer_types says which layers have one at all."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or not getattr(config, "use_sliding_window", True):
+        return None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    return window if "sliding_attention" in kinds else None
 
 
 # -------------------------------------------------------------------------------------- caches

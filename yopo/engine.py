@@ -9,6 +9,7 @@ norms are called, their projections sliced (projections.py).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +22,14 @@ from .layout import VisualLayout
 from .neighbours import Blocks, ImageGroup, visual_attention, visual_sight
 from .packing import Packing, to_device
 from .plan import PruningPlan
-from .projections import gated_ffn, project_from_heads, project_to_heads
+from .projections import gated_ffn, project_from_heads, project_to_heads, to_qkv
 
 # The two stores of a layer: heads whose text queries see visual tokens, and the others.
 SEEN, BLIND = 0, 1
+
+# Who looks on at the attention of each layer with an image (collect.py): it is given the Pass, the
+# rotated queries of text and of visual rows, and the layer's two stores. Nobody: None.
+OBSERVER: ContextVar[Callable[..., None] | None] = ContextVar("yopo_observer", default=None)
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ class Pass:
     cos, sin: (Nt + Nv, 1, D), text rows first.
     text_sight, visual_sight: see attention.py and neighbours.py.
     keep: the stores stay for the next forward; spare: with room for its tokens.
+    observer: see OBSERVER.
     """
 
     text: Packing
@@ -131,11 +137,15 @@ class Pass:
     dropout: float
     keep: bool
     spare: bool
+    observer: Callable[..., None] | None = None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x (N, H, D) by cos, sin (N, 1, D); x's dtype, also in autocast
-    (which leaves x in half precision and the angles in float32)."""
+    """Rotary position embedding of x (N, H, D) by cos, sin (N, 1, R), of its first R features; x's
+    dtype, also in autocast (which leaves x in half precision and the angles in float32)."""
+    if cos.shape[-1] < x.shape[-1]:
+        turned, rest = x.tensor_split([cos.shape[-1]], dim=-1)
+        return torch.cat([rotate(turned, cos, sin), rest], dim=-1)
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
@@ -147,9 +157,14 @@ def attend_layer(
     n_text = len(p.text)
     text, visual = x[:n_text], x[n_text:]
     cos, sin = p.cos[:n_text], p.sin[:n_text]
-    q = rotate(project_to_heads(attn.q_proj, text, None, p.head_dim), cos, sin)
-    k = rotate(project_to_heads(attn.k_proj, text, None, p.head_dim), cos, sin)
-    v = project_to_heads(attn.v_proj, text, None, p.head_dim)
+    q_proj, k_proj, v_proj = to_qkv(attn)
+    q = rotate(project_to_heads(q_proj, text, None, p.head_dim), cos, sin)
+    v = project_to_heads(v_proj, text, None, p.head_dim)
+    # Where the two stores together want the visual keys of all heads, one product makes them.
+    every_key = all(plan.visual_keys)
+    k = project_to_heads(k_proj, x if every_key else text, None, p.head_dim)
+    k = rotate(k, p.cos[: len(k)], p.sin[: len(k)])
+    k, visual_keys = k[:n_text], k[n_text:]
     cos, sin = p.cos[n_text:], p.sin[n_text:]
     for store, kv, keys, values in zip(
         stores, plan.kv, plan.visual_keys, plan.visual_values, strict=True
@@ -157,25 +172,28 @@ def attend_layer(
         if len(kv) == 0:
             continue
         heads = None if len(kv) == k.shape[1] else kv
+
+        def mine(t: Tensor, heads: Tensor | None = heads) -> Tensor:
+            return t if heads is None else t.index_select(1, heads)
+
         visual_k = visual_v = None
-        if len(visual) and keys:
-            visual_k = p.visual.pad(
-                rotate(project_to_heads(attn.k_proj, visual, heads, p.head_dim), cos, sin)
-            )
+        if len(visual) and keys and every_key:
+            visual_k = p.visual.pad(mine(visual_keys))
+        elif len(visual) and keys:
+            visual_k = rotate(project_to_heads(k_proj, visual, heads, p.head_dim), cos, sin)
+            visual_k = p.visual.pad(visual_k)
         if len(visual) and values:
-            visual_v = p.visual.pad(project_to_heads(attn.v_proj, visual, heads, p.head_dim))
-        text_k, text_v = (
-            p.text.pad(t if heads is None else t.index_select(1, heads)) for t in (k, v)
-        )
+            visual_v = p.visual.pad(project_to_heads(v_proj, visual, heads, p.head_dim))
+        text_k, text_v = p.text.pad(mine(k)), p.text.pad(mine(v))
         store.append(text_k, text_v, visual_k, visual_v, spare=p.spare)
 
     out = _text_queries(q, plan, p, stores) if n_text else q
     out = project_from_heads(attn.o_proj, out, None, q.shape[1])
     if not len(visual):
         return out
-    visual_q = rotate(
-        project_to_heads(attn.q_proj, visual, plan.visual_heads, p.head_dim), cos, sin
-    )
+    visual_q = rotate(project_to_heads(q_proj, visual, plan.visual_heads, p.head_dim), cos, sin)
+    if p.observer is not None:
+        p.observer(p, q, visual_q, stores)
     visual_out = _visual_queries(visual_q, plan, p, stores)
     return torch.cat(
         [out, project_from_heads(attn.o_proj, visual_out, plan.visual_heads, q.shape[1])]
@@ -320,6 +338,7 @@ def run(
         dropout=stack.dropout if training else 0.0,
         keep=keep_cache,
         spare=keep_cache and not torch.is_grad_enabled(),
+        observer=OBSERVER.get(),
     )
 
     rows = inputs_embeds.flatten(0, 1)[rows_at.to(inputs_embeds.device)]

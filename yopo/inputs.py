@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._compat import sliding_window
 from .cache import VisualCache
 from .layout import RELEASED_GRID, Call, VisualLayout
 from .plan import PruningPlan
@@ -63,16 +64,32 @@ def positions(
     device: torch.device,
     masked: bool,
 ) -> Tensor:
-    """(B, n) positions; with `masked=False`, no attention_mask came with them."""
+    """(B, n) positions, or (3, B, n) of M-RoPE, where a fourth set in front (of 5.x: the places in
+    the row, for masks) is left out; with `masked=False`, no attention_mask came with them."""
     if position_ids is None:
         position_ids = torch.arange(past, past + n, device=device).unsqueeze(0)
-    elif not masked and bool((position_ids.diff(dim=-1) < 0).any()):
+    # Of M-RoPE's sets the first (places, or time) never goes back within a prompt.
+    order = position_ids[0] if position_ids.dim() == 3 else position_ids
+    if not masked and bool((order.diff(dim=-1) < 0).any()):
         raise ValueError(
             "position_ids start anew within a row and there is no attention_mask: several samples "
             "packed into one row cannot be told from one prompt with images. Give each sample a "
             "row of its own and an attention_mask"
         )
+    if position_ids.dim() == 3:
+        return position_ids[-3:].to(device).expand(-1, batch, -1)
     return position_ids.to(device).expand(batch, -1)
+
+
+def refuse_long_for_window(config: Any, length: int) -> None:
+    """Raises ValueError for a sequence that a sliding window would cut: up to it, it does nothing,
+    beyond, a pruned pass would attend to too much."""
+    window = sliding_window(config)
+    if window is not None and length > window:
+        raise ValueError(
+            f"the sequence is {length} tokens long and the model's sliding_window {window}: a "
+            "pruned pass has no sliding window. Give shorter prompts, or remove the plan"
+        )
 
 
 def may_show_image(

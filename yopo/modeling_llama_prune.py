@@ -24,6 +24,7 @@ from .inputs import (
     other_shape,
     past_length,
     positions,
+    refuse_long_for_window,
     refuse_outputs_and_packing,
     refuse_split_image,
     resolve_layout,
@@ -43,6 +44,7 @@ class PrunedModelMixin:
     """A decoder stack whose forward follows `yopo_plan`, put before the stock class."""
 
     yopo_plan: PruningPlan | None = None
+    yopo_ffn_order: str | None = None  # which the FFN neurons are in, as the plan names it
     _yopo_stack: engine.Stack | None = None
     _yopo_warned = False
 
@@ -50,6 +52,8 @@ class PrunedModelMixin:
         """Prunes by `plan` from now on; None: as stock. Raises ValueError if it does not fit."""
         if plan is not None:
             plan.validate(self.config)
+            if plan.ffn_order is not None:
+                self.yopo_ffn_order = plan.ffn_order
         # Not as inference tensors, should apply() be called in inference mode: training may follow.
         with torch.inference_mode(False):
             self._yopo_stack = None if plan is None else engine.Stack.build(self.config, plan)
@@ -112,6 +116,11 @@ class PrunedModelMixin:
             return as_stock()
         if isinstance(past_key_values, VisualCache):
             past_key_values.check(self.yopo_plan, batch)
+        if isinstance(attention_mask, dict):
+            raise ValueError(
+                "attention_mask is a dict of masks made for a static or sliding cache, which a "
+                "pruned pass over an image cannot fill: generate without cache_implementation"
+            )
         valid = valid_tokens(attention_mask, past_key_values, batch, past, n)
         layout = resolve_layout(known, past_key_values, past, valid[:, past:], self.config)
         if not layout.visual.any() and not isinstance(past_key_values, VisualCache):
@@ -123,6 +132,12 @@ class PrunedModelMixin:
             output_hidden_states = self.config.output_hidden_states
         refuse_outputs_and_packing(output_attentions, output_hidden_states, kwargs)
         refuse_split_image(self.yopo_plan, layout, past_key_values)
+        refuse_long_for_window(self.config, past + n)
+        if self.training and getattr(self.config, "resid_pdrop", 0):
+            raise ValueError(
+                f"resid_pdrop is {self.config.resid_pdrop}: a pruned pass has no dropout on the "
+                "residual stream. Train with resid_pdrop=0, or without the plan"
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache is None:

@@ -3,15 +3,21 @@
 
 The Auto classes look names up in `transformers.models.llama` each time they are used, so they
 follow without being touched; only AutoTokenizer is, on transformers 5, see llava_tokenizer.py.
+Models of families/ are pruned as they are built, in `post_init`: none of their modules need be
+imported here, and it does not matter where else their classes are held.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from . import _compat, llava, llava_tokenizer
 
@@ -19,10 +25,20 @@ _HOME = "transformers.models.llama"
 _NAMES = ("LlamaModel", "LlamaForCausalLM")
 
 _stock: dict[str, type] = {}  # what undo() puts back; empty: not enabled
+_stock_post_init = PreTrainedModel.post_init
+
+
+@functools.wraps(_stock_post_init)
+def _post_init(self: Any) -> None:
+    from .attach import prune_loaded  # not at the top: the version check comes first
+
+    _stock_post_init(self)
+    prune_loaded(self)
 
 
 def enable() -> None:
-    """Puts yopo's LlamaModel and LlamaForCausalLM where transformers keeps its own.
+    """Puts yopo's LlamaModel and LlamaForCausalLM where transformers keeps its own, and has models
+    of families/ pruned that are built from a config with a plan.
 
     Does nothing when that is so already. LLaVA classes built on them are instrumented as they
     come into being; see llava.py.
@@ -43,6 +59,7 @@ def enable() -> None:
     if llava.instrument not in ours.SUBCLASS_HOOKS:  # stays after undo(), see there
         ours.SUBCLASS_HOOKS.append(llava.instrument)
     llava_tokenizer.install()
+    PreTrainedModel.post_init = _post_init
 
 
 def undo() -> None:
@@ -57,6 +74,7 @@ def undo() -> None:
         for name, stock in _stock.items():
             setattr(module, name, stock)
     llava_tokenizer.uninstall()
+    PreTrainedModel.post_init = _stock_post_init
     _stock.clear()
 
 

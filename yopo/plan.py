@@ -2,7 +2,7 @@
 
 Holds no mathematics and knows nothing of models, layouts or inputs. Mask files are head_mask.py's.
 
-The `yopo` block in config.json (format 1; every key must be there, no other may):
+The `yopo` block in config.json (format 1; every key but the last must be there, no other may):
   format                 1
   layers, heads          shape of the masks
   head_keep              one hex string per layer, 2 * ceil(heads / 8) digits: head 0 is the most
@@ -12,6 +12,7 @@ The `yopo` block in config.json (format 1; every key must be there, no other may
   head_mass, cut_mass    "exact", "drop" or "calibrated"
   window_causal, prune_visual_queries   true or false
   text_mass              null, or one list of numbers per layer
+  ffn_order              only where FFN neurons were put in another order: "sha256:" and 64 digits
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from yopo._checks import as_mask, as_shares, integer, ratio
 MASSES = ("exact", "drop", "calibrated")
 RELEASED_FIELDS = ("attncut_w", "layercut_num", "headcut_num", "mlpcut_ratio", "sprompt_len")
 FORMAT = 1
+_OPTIONAL = ("ffn_order",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,8 @@ class PruningPlan:
     window_causal: the window also hides later visual tokens (models never fine-tuned without).
     prune_visual_queries: pruned heads give zero for visual queries.
     text_mass: (L, H) in [0, 1], the share that stays on text keys; with "calibrated" only.
+    ffn_order: the plan is for weights whose FFN neurons are in the order of this checksum
+        (neurons.py); None: for the weights as they were trained.
 
     Raises ValueError naming the field, its value and what is allowed.
     """
@@ -59,6 +63,7 @@ class PruningPlan:
     window_causal: bool = False
     prune_visual_queries: bool = True
     text_mass: torch.Tensor | None = None
+    ffn_order: str | None = None
 
     def __post_init__(self) -> None:
         def put(field: str, value: object) -> None:
@@ -86,6 +91,18 @@ class PruningPlan:
             )
         if self.text_mass is not None:
             put("text_mass", as_shares("text_mass", self.text_mass, tuple(self.head_keep.shape)))
+        order = self.ffn_order
+        named = isinstance(order, str) and re.fullmatch("sha256:[0-9a-f]{64}", order)
+        if order is not None and not named:
+            raise ValueError(
+                f"ffn_order is {order!r}; allowed: None, or 'sha256:' and 64 hex digits"
+            )
+
+    @classmethod
+    def dense(cls, config: Any) -> PruningPlan:
+        """The plan under which nothing of the model that `config` describes is pruned."""
+        layers, heads, _ = _model_sizes(config)
+        return cls(torch.ones(layers, heads, dtype=torch.bool, device="cpu"))
 
     @property
     def num_layers(self) -> int:
@@ -189,6 +206,9 @@ class PruningPlan:
         block["head_keep"] = [row.tobytes().hex() for row in packed]
         if self.text_mass is not None:
             block["text_mass"] = self.text_mass.tolist()
+        for name in _OPTIONAL:
+            if block[name] is None:
+                del block[name]
         return block
 
     @classmethod
@@ -210,12 +230,13 @@ class PruningPlan:
         if type(version) is not int or version != FORMAT:
             raise ValueError(f"format is {version!r}; this yopo reads {FORMAT}")
         wanted = {"format", "layers", "heads"} | {field.name for field in fields(cls)}
-        missing, unknown = sorted(wanted - block.keys()), sorted(map(str, block.keys() - wanted))
+        missing = sorted(wanted - block.keys() - set(_OPTIONAL))
+        unknown = sorted(map(str, block.keys() - wanted))
         if missing or unknown:
             raise ValueError(f"missing keys: {_list(missing)}; unknown keys: {_list(unknown)}")
         layers = integer("layers", block["layers"], 1, None)
         heads = integer("heads", block["heads"], 1, None)
-        values = {field.name: block[field.name] for field in fields(cls)}
+        values = {field.name: block.get(field.name) for field in fields(cls)}
         values["head_keep"] = _unpack(block["head_keep"], layers, heads)
         # The constructor reads None as "no cut"; in a block that is a value lost.
         values["layer_cut"] = integer("layer_cut", block["layer_cut"], 0, layers)
