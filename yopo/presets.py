@@ -16,7 +16,11 @@ from .plan import PruningPlan
 
 @dataclass(frozen=True)
 class Shape:
-    """The language model of a preset: transformers' config names, and one image's visual grid."""
+    """A language model: transformers' config names, and one image's visual grid.
+
+    head_size: width of a head where it is not hidden_size / heads. qkv_bias, o_bias, mlp_bias:
+    which projections have one. tied: the logits use the embedding's weights.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -25,10 +29,15 @@ class Shape:
     num_key_value_heads: int
     vocab_size: int
     grid: tuple[int, int]
+    head_size: int | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    tied: bool = False
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+        return self.head_size or self.hidden_size // self.num_attention_heads
 
     @property
     def layer_weights(self) -> int:
@@ -36,13 +45,26 @@ class Shape:
         heads = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
         return self.hidden_size * (heads + 3 * self.intermediate_size)
 
+    @property
+    def layer_parameters(self) -> int:
+        """All parameters of one layer: matrices, biases, two norms."""
+        qkv = (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+        biases = self.qkv_bias * qkv + self.o_bias * self.hidden_size
+        biases += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
+        return self.layer_weights + biases + 2 * self.hidden_size
 
-# Qwen2-VL and InternVL choose the grid by the image; these are what 448 × 448 pixels give.
+
+# Qwen-VL and InternVL choose the grid by the image; these are what 448 × 448 pixels give.
+# LLaVA-NeXT (llava-v1.6-vicuna) is the language model of LLaVA-1.5 with further grids.
+_QWEN_7B = Shape(3584, 18944, 28, 28, 4, 152064, (16, 16), qkv_bias=True)
 PRESETS = {
     "llava-1.5-7b": Shape(4096, 11008, 32, 32, 32, 32000, (24, 24)),
     "llava-1.5-13b": Shape(5120, 13824, 40, 40, 40, 32000, (24, 24)),
-    "qwen2-vl-7b": Shape(3584, 18944, 28, 28, 4, 152064, (16, 16)),
+    "qwen2-vl-7b": _QWEN_7B,
+    "qwen2.5-vl-7b": _QWEN_7B,
+    "internvl2-4b": Shape(3072, 8192, 32, 32, 32, 32020, (16, 16)),
     "internvl2-8b": Shape(4096, 14336, 32, 32, 8, 92553, (16, 16)),
+    "internvl2-26b": Shape(6144, 16384, 48, 48, 8, 92553, (16, 16)),
 }
 
 
@@ -54,8 +76,7 @@ def named_plan(
     "25": half the layers, half the heads in each layer before the cut (random ones), half the FFN,
     window 5. "12": half, a quarter, a quarter, window 5. "7b_16" and the like: a published head
     mask in place of the random heads of "25"; with fewer layers, its rows evenly spaced. Else a
-    JSON
-    file: a config.json with a plan, or its `yopo` block.
+    JSON file: a config.json with a plan, or its `yopo` block.
 
     Raises ValueError for a name that is none of these or a plan that does not fit `shape`.
     """

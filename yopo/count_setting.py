@@ -1,0 +1,142 @@
+"""What `flops` and `inspect` count: a model's shape, a plan, a prompt; from the command line.
+
+Arguments and their checks only, no count and no output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass, replace
+
+import torch
+
+from .cli import BadInput
+from .config_file import Checkpoint, Grid, read_checkpoint
+from .flops import Prompt
+from .plan import MASSES, PruningPlan
+from .presets import PRESETS, Shape, named_plan
+
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes of a weight or a cached number
+
+
+@dataclass(frozen=True)
+class Setting:
+    """plan_name: what the user called the plan, None for the checkpoint's own."""
+
+    name: str
+    shape: Shape
+    plan: PruningPlan | None
+    plan_name: str | None
+    prompt: Prompt
+    batch: int
+    dtype: str
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that describe the prompt counted."""
+    parser.add_argument("--images", type=int, default=1, help="in each row of the batch")
+    parser.add_argument(
+        "--grid",
+        metavar="RxC[,RxC…]",
+        help="visual tokens of an image, rows x columns; several for one of several views "
+        "(default: the model's)",
+    )
+    parser.add_argument("--text-tokens", type=int, default=60, help="in each row, in all")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", default="bfloat16", help=", ".join(ITEMSIZE))
+
+
+def checkpoint_setting(
+    args: argparse.Namespace, folder: str, plan_name: str | None, mass: str | None
+) -> tuple[Checkpoint, Setting]:
+    """The setting of a checkpoint under its own plan, or the one named. Raises BadInput."""
+    try:
+        checkpoint = read_checkpoint(folder)
+        plan = checkpoint.plan() if plan_name is None else _plan(plan_name, checkpoint.shape)
+    except (ValueError, OSError) as error:
+        raise BadInput(str(error)) from error
+    grids = _grids(args.grid) if args.grid else (checkpoint.grid,)
+    if None in grids:
+        raise BadInput(
+            f"{folder}/config.json does not say how many visual tokens an image has (no readable "
+            f"vision_config, mm_vision_tower {checkpoint.config.get('mm_vision_tower')!r}): give "
+            "--grid ROWSxCOLUMNS"
+        )
+    plan = _with_masses(plan, mass)
+    prompt = _prompt(args, grids)
+    name = str(checkpoint.folder)
+    shape = replace(checkpoint.shape, grid=grids[0])
+    setting = Setting(name, shape, plan, plan_name, prompt, args.batch, args.dtype)
+    return checkpoint, setting
+
+
+def preset_setting(
+    args: argparse.Namespace, preset: str, layers: int | None, plan_name: str, mass: str | None
+) -> Setting:
+    """The setting of a preset, with fewer `layers` if so told. Raises BadInput."""
+    if preset not in PRESETS:
+        raise BadInput(f"--preset is {preset!r}; allowed: {', '.join(PRESETS)}")
+    shape = PRESETS[preset]
+    layers = shape.num_hidden_layers if layers is None else layers
+    if not 1 <= layers <= shape.num_hidden_layers:
+        raise BadInput(
+            f"--layers is {layers}; {preset} has {shape.num_hidden_layers}: allowed are 1 to "
+            f"{shape.num_hidden_layers}"
+        )
+    shape = replace(shape, num_hidden_layers=layers)
+    try:
+        plan = _plan(plan_name, shape)
+    except (ValueError, OSError) as error:
+        raise BadInput(str(error)) from error
+    prompt = _prompt(args, _grids(args.grid) if args.grid else (shape.grid,))
+    plan = _with_masses(plan, mass)
+    return Setting(preset, shape, plan, plan_name, prompt, args.batch, args.dtype)
+
+
+def _plan(name: str, shape: Shape) -> PruningPlan | None:
+    """The plan `name` of presets.named_plan, with drop where the name says no masses."""
+    return None if name == "none" else named_plan(name, shape, "drop")
+
+
+def _with_masses(plan: PruningPlan | None, mass: str | None) -> PruningPlan | None:
+    """`plan` with the masses HEAD[/CUT]. A count needs no constants for `calibrated`: 1 does."""
+    if mass is None:
+        return plan
+    if plan is None:
+        raise BadInput(f"--mass is {mass!r}, but there is no plan: leave it out, or name a --plan")
+    head, slash, cut = mass.partition("/")
+    cut = cut if slash else head
+    if head not in MASSES or cut not in MASSES:
+        raise BadInput(f"--mass is {mass!r}; allowed: HEAD[/CUT], each one of {', '.join(MASSES)}")
+    constants = None
+    if "calibrated" in (head, cut):
+        constants = torch.ones(plan.head_keep.shape) if plan.text_mass is None else plan.text_mass
+    return replace(plan, head_mass=head, cut_mass=cut, text_mass=constants)
+
+
+def _grids(text: str) -> tuple[Grid, ...]:
+    grids = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)\s*", part)
+        if not found or 0 in (int(found[1]), int(found[2])):
+            raise BadInput(
+                f"--grid is {text!r}; allowed: ROWSxCOLUMNS such as 24x24, or several, 24x24,48x48"
+            )
+        grids.append((int(found[1]), int(found[2])))
+    return tuple(grids)
+
+
+def _prompt(args: argparse.Namespace, grids: tuple[Grid, ...]) -> Prompt:
+    if args.dtype not in ITEMSIZE:
+        raise BadInput(f"--dtype is {args.dtype!r}; allowed: {', '.join(ITEMSIZE)}")
+    for name, low in (("batch", 1), ("images", 1), ("text_tokens", 2)):
+        if getattr(args, name) < low:
+            raise BadInput(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}; allowed: {low} and more"
+            )
+    return Prompt.around(grids * args.images, args.text_tokens)
