@@ -52,3 +52,27 @@ def test_evaluate_finds_both_checkpoints_accurate(tmp_path: Path) -> None:
     percent = json.loads(out.splitlines()[-1])
     assert percent.keys() == {"dense", "pruned"}
     assert min(percent.values()) >= 90
+
+
+@needs_float16
+@pytest.mark.skipif(find_spec("easy_vqa") is None, reason="easy-vqa is not installed")
+def test_a_newcomer_can_prune_the_embedded_model(tmp_path: Path) -> None:
+    """The README's "Prune your own model", with fewer questions and plans."""
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(run(str(ROOT / "examples/tiny_llava/questions.py"), "--number", "40"))
+    made = tmp_path / "my-llava-v1"
+    model = "examples/tiny_llava/checkpoints/tiny-llava-v1-dense"
+    words = ["calibrate", model, "--data", str(questions), "--out", str(made), "--device", "cpu"]
+    out = run("-m", "yopo", *words, "--budget", "0.25", "--evaluations", "24")
+    assert "40 questions, 0 passed over" in out and "10 questions held out: 100.0 %" in out
+    share = float(out.split("visual FLOPs: ")[1].split(" %")[0])
+    assert 0 < share <= 25
+    assert {"search.csv", "pareto.png", "statistics.safetensors"} <= {
+        f.name for f in made.iterdir()
+    }
+    answer = run("-m", "yopo", "infer", "--device", "cpu", "--model-path", str(made))
+    assert "ASSISTANT: red" in answer and "576 visual" in answer
+    percent = run(
+        str(ROOT / "examples/tiny_llava/evaluate.py"), str(made), "--limit", "100", "--json"
+    )
+    assert json.loads(percent.splitlines()[-1])[str(made)] >= 90

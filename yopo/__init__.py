@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attach import apply, plan_of, remove
+    from .calibration import calibrate
     from .plan import PruningPlan
 
 __version__ = "0.1.0"
-__all__ = ["PruningPlan", "__version__", "apply", "plan_of", "remove"]
+__all__ = ["PruningPlan", "__version__", "apply", "calibrate", "plan_of", "remove"]
 
-_HOME = {"PruningPlan": ".plan", "apply": ".attach", "remove": ".attach", "plan_of": ".attach"}
+_HOME = {
+    "PruningPlan": ".plan",
+    "apply": ".attach",
+    "calibrate": ".calibration",
+    "plan_of": ".attach",
+    "remove": ".attach",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,17 @@ from pathlib import Path
 _COMMANDS = {  # modules of yopo, of which only the one asked for is imported
     "infer": "answer a question about an image",
     "bench": "time ours against stock SDPA on random weights",
+    "calibrate": "make a pruned checkpoint of a model, from questions about images",
+    "flops": "count FLOPs, KV and weight bytes of a preset or checkpoint, dense and pruned",
+    "inspect": "say what a checkpoint's plan prunes and what it saves",
+    "convert": "turn an original LLaVA-1.5 or InternVL2 checkpoint into transformers' own format",
+}
+# Where a command's name is taken: by one of our modules, a function (yopo.calibrate), or the
+# standard library.
+_MODULES = {
+    "calibrate": "calibrate_command",
+    "flops": "flops_report",
+    "inspect": "inspect_plan",
 }
 
 _RUN_USAGE = "python -m yopo run (-m MODULE | SCRIPT.py) [ARGUMENT …]"
@@ -93,5 +104,5 @@ def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:
     for name, what in _COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what)
         if name in asked:
-            import_module(f"yopo.{name}").add_arguments(command)
+            import_module(f"yopo.{_MODULES.get(name, name)}").add_arguments(command)
     return parser

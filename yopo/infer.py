@@ -48,7 +48,7 @@ def infer(args: argparse.Namespace) -> int:
         os.environ["YOPO_MASS"] = args.mass  # PruningPlan.from_config obeys it and checks it
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice would break up the answer
     llava_cli = _llava_cli()
-    device = _device(args.device)
+    device = device_of(args.device)
     meter = _Meter()
     _ask_through(llava_cli, args, meter)
     name = Path(args.model_path).name
@@ -162,7 +162,8 @@ def _llava_cli() -> ModuleType:
         ) from error
 
 
-def _device(wanted: str) -> str:
+def device_of(wanted: str) -> str:
+    """ "cpu" or "cuda", of "auto" and these."""
     import torch
 
     there = torch.cuda.is_available()

@@ -1,4 +1,5 @@
-"""Accuracy of the committed checkpoints on easy-VQA's test set, loaded by the LLaVA package.
+"""Accuracy of the committed checkpoints, or others made of them, on easy-VQA's test set, loaded by
+the LLaVA package.
 
 An answer is right if greedy generation gives exactly it and then ends. That is so if each of its
 tokens is the likeliest after the right ones before it, which one pass over question and answer
@@ -59,9 +60,8 @@ def right_answers(
     return right
 
 
-def accuracy(kind: str, limit: int | None) -> float:
-    """Percent of right answers of the "dense" or "pruned" checkpoint."""
-    path = str(CHECKPOINTS[kind].relative_to(ROOT))
+def accuracy(path: str, limit: int | None) -> float:
+    """Percent of right answers of the checkpoint folder `path`."""
     tokenizer, model, processor, _ = load_pretrained_model(
         path, None, get_model_name_from_path(path), device="cpu"
     )
@@ -83,20 +83,24 @@ def accuracy(kind: str, limit: int | None) -> float:
     torch.set_num_threads(1)
     one = {"initializer": torch.set_num_threads, "initargs": (1,)}
     with ThreadPoolExecutor(os.cpu_count(), **one) as workers:
-        bar = tqdm(workers.map(right, turns), desc=kind, total=len(turns), mininterval=5)
+        bar = tqdm(workers.map(right, turns), total=len(turns), mininterval=5)
         return 100 * sum(bar) / len(triples)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoints", nargs="*", help="folders (default: the committed two)")
     parser.add_argument("--limit", type=int, help="only this many questions (default: all 9,673)")
     parser.add_argument("--json", action="store_true", help="print the percentages as json, last")
     arguments = parser.parse_args()
+    folders = {path: str(Path(path).resolve()) for path in arguments.checkpoints}
+    if not folders:
+        folders = {kind: str(path.relative_to(ROOT)) for kind, path in CHECKPOINTS.items()}
     os.chdir(ROOT)  # the checkpoints name their vision tower relative to it
     result = {}
-    for kind in CHECKPOINTS:
+    for kind, path in folders.items():
         began = time.time()
-        result[kind] = round(accuracy(kind, arguments.limit), 2)
+        result[kind] = round(accuracy(path, arguments.limit), 2)
         print(f"{kind}: {result[kind]:.2f} % ({time.time() - began:.0f} s)")
     if arguments.json:
         print(json.dumps(result))

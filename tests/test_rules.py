@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from yopo.calibrate import released_head_keep, solve_alpha, visual_ratio
+from yopo.rules import released_head_keep, solve_alpha, visual_ratio
 
 
 def test_ratio_sums_over_all_queries_and_both_texts() -> None:
