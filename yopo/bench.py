@@ -28,7 +28,7 @@ from tqdm import tqdm
 from . import attach
 from . import modeling_llama_prune as prune
 from ._compat import attention_is_switchable, exchange_class, read_stock_cache
-from .bench_report import Arm, machine, rates, result_of, save, table, timed
+from .bench_report import Arm, Probe, machine, result_of, save, table, timed
 from .cli import BadInput
 from .flops import Prompt
 from .layout import VisualLayout
@@ -37,7 +37,6 @@ from .presets import PRESETS, Shape, named_plan
 from .simulation import simulate
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-SYSTEM_TOKENS = 35  # text before the first image, as in LLaVA-1.5's prompt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,12 +71,13 @@ def bench(args: argparse.Namespace) -> int:
     model = _random_model(shape, dtype, device)
     case = _case(prompt, args.batch, shape, dtype, device)
     arms = _arms(args, model, plan, case)
+    probe = Probe(shape, dtype, device, prompt, args.batch)
     for _ in tqdm(range(args.rounds + 1), desc="rounds (the first is not counted)"):
         first = not arms[0].prefill_s and not arms[0].failed and not arms[0].peak_bytes
         for arm in arms:
             _run(arm, args.steps, device, counted=not first)
-    measured = rates(shape, dtype, device, prompt, args.batch)
-    result = result_of(args, shape, prompt, plan, arms, measured, dtype)
+        probe.run()
+    result = result_of(args, shape, prompt, plan, arms, probe.rates(), dtype)
     print(table(arms))
     if args.out:
         save(args.out, arms, result)
@@ -125,8 +125,7 @@ def _checked(
 
 
 def _prompt(args: argparse.Namespace, shape: Shape) -> Prompt:
-    before = min(SYSTEM_TOKENS, args.text_tokens - 1)
-    return Prompt(before, (shape.grid,) * args.images, args.text_tokens - before)
+    return Prompt.around((shape.grid,) * args.images, args.text_tokens)
 
 
 def _check_memory(
