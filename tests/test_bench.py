@@ -14,7 +14,7 @@ from yopo import cli
 from yopo._compat import attention_is_switchable
 from yopo.bench_report import Arm, table
 from yopo.modeling_llama_prune import LlamaModel, PrunedModelMixin
-from yopo.presets import PRESETS, Shape
+from yopo.presets import PRESETS, Shape, named_plan
 
 TINY = Shape(64, 96, 4, 4, 2, 128, (6, 4))
 
@@ -32,13 +32,14 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mass", ["drop", "exact", "exact/drop"])
+@pytest.mark.parametrize("mass", ["drop", "exact", "exact/drop", "calibrated"])
 @pytest.mark.parametrize("batch", ["1", "3"])
 def test_last_line_is_json_with_every_arm(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, mass: str, batch: str
 ) -> None:
     words = ["--mass", mass, "--batch", batch, "--images", "2", "--out", str(tmp_path)]
     result = run(capsys, *words)
+    assert result["mass"] == mass
     for key in ("prefill_ratio_vs_sdpa", "prefill_ideal_ratio", "decode_ratio_vs_sdpa"):
         assert result[key] > 0
     names = {"stock SDPA", "stock eager", "masked simulation", "yopo"}
@@ -58,6 +59,17 @@ def test_visual_keys_and_values_kept_are_those_of_the_plan(
     monkeypatch.setitem(PRESETS, "tiny", Shape(64, 96, 4, 4, 4, 128, (6, 4)))
     result = run(capsys, "--plan", plan, "--arms", "yopo")
     assert result["kv_visual_fraction"] == fraction
+
+
+@pytest.mark.parametrize(("words", "mass"), [([], "exact/drop"), (["--mass", "exact"], "exact")])
+def test_masses_of_a_plan_from_a_file_hold_unless_told_otherwise(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], mass: str
+) -> None:
+    config = {"num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
+    named_plan("25", TINY, "exact", "drop").save_to(config)
+    (tmp_path / "plan.json").write_text(json.dumps(config))
+    words = ["--plan", str(tmp_path / "plan.json"), "--arms", "yopo", "--steps", "0", *words]
+    assert run(capsys, *words)["mass"] == mass
 
 
 def test_without_a_plan_nothing_is_pruned(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +131,7 @@ def test_an_error_that_is_not_memory_is_not_hidden(monkeypatch: pytest.MonkeyPat
         (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
         (["--dtype", "int4"], "allowed: bfloat16"),
         (["--plan", "26"], "--plan is '26'"),
-        (["--mass", "some"], "head_mass is 'some'"),
+        (["--mass", "some"], "--mass is 'some'"),
         (["--batch", "0"], "--batch is 0"),
         (["--text-tokens", "1"], "--text-tokens is 1"),
         (["--arms", "sdpa,flash"], "flash"),

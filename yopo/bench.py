@@ -33,7 +33,7 @@ from .cli import BadInput
 from .flops import Prompt
 from .layout import VisualLayout
 from .plan import MASSES, PruningPlan
-from .presets import PRESETS, Shape, named_plan
+from .presets import PRESETS, Shape, named_plan, with_masses
 from .simulation import simulate
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -49,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=1, help="in each row of the batch")
     parser.add_argument("--text-tokens", type=int, default=60)
     parser.add_argument("--plan", default="25", help="25, 12, 7b_16 …, none, or a JSON file")
-    parser.add_argument("--mass", default="drop", metavar="HEAD[/CUT]", help=", ".join(MASSES))
+    parser.add_argument(
+        "--mass",
+        metavar="HEAD[/CUT]",
+        help=f"{', '.join(MASSES)} (drop; of a JSON file's plan: its own)",
+    )
     parser.add_argument("--steps", type=int, default=8, help="decode steps; 0: none")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds of all arms")
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
@@ -114,11 +118,12 @@ def _checked(
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"--device {args.device} cannot be used here: {reason}") from error
-    head, _, cut = args.mass.partition("/")
     if args.plan == "none":
         return shape, None, device, DTYPES[args.dtype]
     try:
-        plan = named_plan(args.plan, shape, head, cut or None)
+        plan = named_plan(args.plan, shape, "drop")
+        if args.mass is not None:
+            plan = with_masses(plan, args.mass)
     except (ValueError, OSError) as error:
         raise BadInput(str(error)) from error
     return shape, plan, device, DTYPES[args.dtype]

@@ -139,7 +139,7 @@ def result_of(
         "preset": args.preset,
         "layers": shape.num_hidden_layers,
         "plan": args.plan,
-        "mass": args.mass,
+        "mass": _masses(plan),
         "batch": args.batch,
         "images": args.images,
         "text_tokens": args.text_tokens,
@@ -159,6 +159,13 @@ def result_of(
         "cache_bytes": {arm.name: arm.cache_bytes for arm in arms},
         "failed": {arm.name: arm.failed for arm in arms if arm.failed},
     }
+
+
+def _masses(plan: PruningPlan | None) -> str | None:
+    """HEAD, or HEAD/CUT where they differ."""
+    if plan is None:
+        return None
+    return "/".join(dict.fromkeys((plan.head_mass, plan.cut_mass)))
 
 
 def _fraction(floors: dict[str, float], arm: Arm) -> float | None:
@@ -217,7 +224,8 @@ def save(folder: Path, arms: list[Arm], result: dict[str, Any]) -> None:
     axes.barh([arm.name for arm in timed], [_median(arm.prefill_s) for arm in timed])
     axes.invert_yaxis()
     axes.set_xlabel("prefill, seconds (median)")
-    axes.set_title(f"{result['preset']}, plan {result['plan']}, {result['mass']}", fontsize=10)
+    plan = ", ".join(filter(None, (result["plan"], result["mass"])))
+    axes.set_title(f"{result['preset']}, plan {plan}", fontsize=10)
     figure.tight_layout()
     figure.savefig(folder / "results.png", dpi=150)
     pyplot.close(figure)

@@ -113,14 +113,15 @@ def _check(args: argparse.Namespace) -> None:
         raise BadInput(f"--budget is {args.budget:g}; allowed: above 0, to 1 (all visual FLOPs)")
     if args.budget is not None and importlib.util.find_spec("matplotlib") is None:
         raise BadInput("matplotlib is missing, which draws pareto.png: pip install matplotlib")
-    from .calibration import split_mass
-    from .plan import MASSES
+    from .plan import split_masses
 
-    if not set(split_mass(args.mass).values()) <= set(MASSES):
-        raise BadInput(f"--mass is {args.mass!r}; allowed: HEAD[/CUT], each of {', '.join(MASSES)}")
+    try:
+        masses = split_masses(args.mass, "--mass")
+    except ValueError as error:
+        raise BadInput(str(error)) from error
     if args.fit_mass is not None and (args.fit_mass < 1 or args.data is None):
         raise BadInput("--fit-mass takes a number of steps from 1, and --data to fit to")
-    if args.fit_mass is not None and "calibrated" not in split_mass(args.mass).values():
+    if args.fit_mass is not None and "calibrated" not in masses:
         raise BadInput(f"--fit-mass fits the constants of calibrated mass; --mass is {args.mass}")
     if args.samples < 1:
         raise BadInput(f"--samples is {args.samples}; allowed: from 1")

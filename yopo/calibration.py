@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .collect import collect
-from .plan import PruningPlan
+from .plan import PruningPlan, split_masses
 from .rules import released_head_keep, solve_alpha
 from .statistics import Statistics
 
@@ -98,7 +98,7 @@ def plan_from(
         raise ValueError("alpha and keep are both given: each decides how many heads are kept")
     if keep is not None and not 0 <= keep <= 1:
         raise ValueError(f"keep is {keep!r}; allowed: a share of the heads, 0 to 1")
-    ratios, masses = statistics.ratios, split_mass(mass)
+    ratios, masses = statistics.ratios, masses_of(mass)
     if alpha is None:
         alpha = solve_alpha(ratios, 0.5 if keep is None else keep)
     return PruningPlan(
@@ -112,10 +112,9 @@ def plan_from(
     )
 
 
-def split_mass(mass: str) -> dict[str, str]:
-    """head_mass and cut_mass of "HEAD[/CUT]"; PruningPlan says which there are."""
-    head, _, cut = mass.partition("/")
-    return {"head_mass": head, "cut_mass": cut or head}
+def masses_of(mass: str) -> dict[str, str]:
+    """The fields head_mass and cut_mass of HEAD[/CUT]; raises ValueError for other words."""
+    return dict(zip(("head_mass", "cut_mass"), split_masses(mass), strict=True))
 
 
 def text_mass_for(masses: dict[str, str], statistics: Statistics) -> Tensor | None:

@@ -9,13 +9,11 @@ import argparse
 import re
 from dataclasses import dataclass, replace
 
-import torch
-
 from .cli import BadInput
 from .config_file import Checkpoint, Grid, read_checkpoint
 from .flops import Prompt
-from .plan import MASSES, PruningPlan
-from .presets import PRESETS, Shape, named_plan
+from .plan import PruningPlan
+from .presets import PRESETS, Shape, named_plan, with_masses
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes of a weight or a cached number
 
@@ -104,19 +102,15 @@ def _plan(name: str, shape: Shape) -> PruningPlan | None:
 
 
 def _with_masses(plan: PruningPlan | None, mass: str | None) -> PruningPlan | None:
-    """`plan` with the masses HEAD[/CUT]. A count needs no constants for `calibrated`: 1 does."""
+    """`plan` with the masses HEAD[/CUT], with its own where none are given."""
     if mass is None:
         return plan
     if plan is None:
         raise BadInput(f"--mass is {mass!r}, but there is no plan: leave it out, or name a --plan")
-    head, slash, cut = mass.partition("/")
-    cut = cut if slash else head
-    if head not in MASSES or cut not in MASSES:
-        raise BadInput(f"--mass is {mass!r}; allowed: HEAD[/CUT], each one of {', '.join(MASSES)}")
-    constants = None
-    if "calibrated" in (head, cut):
-        constants = torch.ones(plan.head_keep.shape) if plan.text_mass is None else plan.text_mass
-    return replace(plan, head_mass=head, cut_mass=cut, text_mass=constants)
+    try:
+        return with_masses(plan, mass)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
 
 
 def _grids(text: str) -> tuple[Grid, ...]:

@@ -270,6 +270,17 @@ class PruningPlan:
         return cls(keep, window=window, layer_cut=cut, ffn_ratio=ffn_ratio)
 
 
+def split_masses(setting: str, name: str = "mass") -> tuple[str, str]:
+    """(head_mass, cut_mass) of HEAD[/CUT]; raises ValueError that calls the setting `name`."""
+    head, slash, cut = setting.partition("/")
+    cut = cut if slash else head
+    if head not in MASSES or cut not in MASSES:
+        raise ValueError(
+            f"{name} is {setting!r}; allowed: HEAD or HEAD/CUT, each one of {_list(MASSES)}"
+        )
+    return head, cut
+
+
 def _has(config: Any, name: str) -> bool:
     return name in config if isinstance(config, dict) else hasattr(config, name)
 
@@ -321,12 +332,7 @@ def _with_mass(plan: PruningPlan, setting: str) -> PruningPlan:
     """`plan` with the mass modes of $YOPO_MASS, HEAD[/CUT]; an empty `setting` changes none."""
     if not setting:
         return plan
-    head, *rest = setting.split("/")
-    cut = rest[0] if rest else head
-    if len(rest) > 1 or head not in MASSES or cut not in MASSES:
-        raise ValueError(
-            f"YOPO_MASS is {setting!r}; allowed: HEAD or HEAD/CUT, each one of {_list(MASSES)}"
-        )
+    head, cut = split_masses(setting, "YOPO_MASS")
     constants = plan.text_mass if "calibrated" in (head, cut) else None
     try:
         return replace(plan, head_mass=head, cut_mass=cut, text_mass=constants)

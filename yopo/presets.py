@@ -5,13 +5,13 @@ model or a pass is done elsewhere. Sources: the models' config.json on the Hub.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from . import head_mask
-from .plan import PruningPlan
+from .plan import PruningPlan, split_masses
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,16 @@ def named_plan(
     plan = PruningPlan(keep, window=5, layer_cut=cut, ffn_ratio=2, **masses)
     plan.validate(_config(shape, None))
     return plan
+
+
+def with_masses(plan: PruningPlan, setting: str) -> PruningPlan:
+    """`plan` with the masses HEAD[/CUT], to be counted or timed: constants of `calibrated` that it
+    lacks are 1, which costs the same as any others. Raises ValueError for other words."""
+    head, cut = split_masses(setting, "--mass")
+    constants = None
+    if "calibrated" in (head, cut):
+        constants = torch.ones(plan.head_keep.shape) if plan.text_mass is None else plan.text_mass
+    return replace(plan, head_mass=head, cut_mass=cut, text_mass=constants)
 
 
 def _config(shape: Shape, block: object) -> dict[str, object]:

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .budget import VisualCost
-from .calibration import split_mass, text_mass_for
+from .calibration import masses_of, text_mass_for
 from .divergence import Reference, divergence, references
 from .plan import PruningPlan
 from .rules import released_head_keep, solve_alpha
@@ -118,7 +118,7 @@ def search(
             f"evaluations is {evaluations} and held_out has {len(held_out)} samples; a search "
             "takes at least one of each"
         )
-    masses = split_mass(mass)
+    masses: dict[str, Any] = masses_of(mass)
     masses["text_mass"] = text_mass_for(masses, statistics)
     if known is None:
         known = references(model, held_out, answer_tokens)
