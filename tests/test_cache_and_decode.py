@@ -6,6 +6,7 @@ The reference is the oracle's single pass over everything, or the engine's own.
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from itertools import pairwise
 from types import SimpleNamespace
@@ -329,10 +330,7 @@ def test_a_static_cache_is_refused() -> None:
 @pytest.mark.parametrize("masses", MASS, ids="/".join)
 @torch.no_grad()
 def test_blind_heads_and_cut_layers_keep_nothing(masses: tuple[str, str], kv_heads: int) -> None:
-    """Bytes: text of every kv head, and visual keys and values where a query reads them.
-
-    A kv head that seeing and blind query heads share is kept once for each of the two.
-    """
+    """Bytes: text of every kv head once, and visual keys and values where a query reads them."""
     shape = Shape(layers=4, heads=6, kv_heads=kv_heads)
     keep = torch.tensor([[1, 0, 0, 0, 0, 0], [0] * 6, [1, 1, 0, 1, 0, 0], [1] * 6]).bool()
     plan = PruningPlan(keep, window=3, layer_cut=3, head_mass=masses[0], cut_mass=masses[1])
@@ -342,15 +340,43 @@ def test_blind_heads_and_cut_layers_keep_nothing(masses: tuple[str, str], kv_hea
     reads[3] = False  # the layer behind the cut
     seeing, blind = (mask.view(4, kv_heads, -1).any(-1) for mask in (reads, ~reads))
     exact = torch.tensor([masses[0] == "exact"] * 3 + [masses[1] == "exact"])[:, None]
-    visual = 2 * int(seeing.sum()) + int((blind & exact).sum())  # the mass needs keys alone
+    # The mass needs keys alone, which of a kv head that seeing heads share are there.
+    visual = 2 * int(seeing.sum()) + int((blind & ~seeing & exact).sum())
     head = 8 * 4  # float32 bytes of one head's key of one token
     assert past.nbytes(visual_only=True) == head * int(case.visual.sum()) * visual
-    text = 2 * int(seeing.sum() + blind.sum())
-    if kv_heads == 6:
-        assert text == 2 * 4 * 6
+    text = 2 * 4 * kv_heads
     assert past.nbytes(visual_only=False) - past.nbytes(visual_only=True) == (
         head * int((~case.visual).sum()) * text
     )
+
+
+@torch.no_grad()
+def test_a_cache_that_an_interrupted_forward_half_filled_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, case = build(SHAPE, a_plan()), make_case([ROWS[0]], 32)
+    n = case.shape[1]
+    past = model(**columns(case, 0, n, None, case.all_grids)).past_key_values
+    step = columns(extend(case, torch.randn(1, 1, 32)), n, n + 1, past, None)
+    last = model.model.layers[-1].mlp
+    with monkeypatch.context() as patch:
+        patch.setattr(type(last), "forward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**step)
+    with pytest.raises(ValueError, match="half filled"):
+        model(**step)
+
+
+@torch.no_grad()
+def test_an_offloading_cache_is_refused() -> None:
+    from transformers import DynamicCache
+
+    if "offloading" not in inspect.signature(DynamicCache.__init__).parameters:
+        pytest.skip("this transformers has no offloading DynamicCache")
+    model, case = build(SHAPE, a_plan()), make_case([ROWS[0]], 32)
+    cache = DynamicCache(config=model.config, offloading=True)
+    with pytest.raises(ValueError, match="an offloading DynamicCache"):
+        model(**columns(case, 0, case.shape[1], cache, case.all_grids))
 
 
 @torch.no_grad()

@@ -94,9 +94,8 @@ def test_all_weights_are_those_of_the_model(
 @given(data=st.data())
 @settings(max_examples=60)
 def test_weights_of_visual_rows_follow_from_their_products(data: st.DataObject) -> None:
-    """Two FLOPs for each weight and row, but for key heads that the engine multiplies twice."""
+    """Two FLOPs for each weight and row."""
     shape = data.draw(shapes())
-    shape = type(shape)(shape.layers, shape.heads, shape.heads)  # every query head its own keys
     plan = data.draw(plans(shape))
     layout = VisualLayout.from_mask(torch.tensor([[False, True, False]]), [[(1, 1)]])
     sizes = shape_of(shape.config())
@@ -107,8 +106,9 @@ def test_weights_of_visual_rows_follow_from_their_products(data: st.DataObject) 
     assert counted.total == weight_bytes(sizes, None, itemsize=2).total
 
 
-def test_a_key_head_in_both_stores_is_one_heads_weights() -> None:
+def test_a_key_head_that_seeing_and_blind_heads_share_is_held_once() -> None:
     sizes = Shape(32, 24, 1, 4, 1, 31, (1, 1))
     plan = PruningPlan(torch.tensor([[1, 0, 0, 0]]), head_mass="exact")
     assert weight_bytes(sizes, plan, 1).visual == 32 * (8 * (1 + 1 + 1 + 1) + 3 * 24)
-    assert kv_bytes(sizes, plan, 1, 1, itemsize=1)[0].visual == 8 * 3  # but its key is held twice
+    assert kv_bytes(sizes, plan, 1, 1, itemsize=1)[0].visual == 8 * 2
+    assert kv_bytes(sizes, plan, 1, 1, itemsize=1)[0].text == 8 * 2

@@ -25,6 +25,7 @@ __all__ = [
     "clear_dynamic_cache",
     "exchange_class",
     "has_families",
+    "llava_reads_padding_off_keys",
     "modules_named",
     "read_stock_cache",
     "require_families",
@@ -185,6 +186,13 @@ def read_stock_cache(cache: Any) -> list[tuple[Tensor, Tensor]]:
     return list(
         zip(getattr(cache, "key_cache", ()), getattr(cache, "value_cache", ()), strict=True)
     )
+
+
+def llava_reads_padding_off_keys() -> bool:
+    """Whether stock LLaVA and LLaVA-NeXT, in each decode step, take tokens whose keys are all zero
+    in the first layer for padding: 4.46 and 4.47 (before and after, only where the prompt has one
+    token for a whole image)."""
+    return (4, 46) <= Version(transformers.__version__).release[:2] <= (4, 47)
 
 
 def clear_dynamic_cache(cache: Any) -> None:

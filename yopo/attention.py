@@ -32,22 +32,31 @@ class Sight(Enum):
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
+    causal: bool = False,
 ) -> Tensor:
     """Softmax attention; q (B, H, Q, D), k (B, H, S, D), v (B, H, S − V, D) → (B, H, Q, D).
 
     The first V keys have no value (`Sight.MASS`): they take their share of the softmax and give
-    nothing. `mask` is bool, broadcast to (B, H, Q, S), True where a query sees a key.
+    nothing. `mask` is bool, broadcast to (B, H, Q, S), True where a query sees a key. `causal`, in
+    place of a mask: query i sees the keys up to i (which lets SDPA take its fastest kernels).
     """
     valueless = k.shape[2] - v.shape[2]
     if valueless and q.shape[2] == 1 and not dropout:
-        scores = (q @ k.transpose(2, 3)).float() * scale
+        scores = ((q * scale) @ k.transpose(2, 3)).float()  # scaled first: float16 overflows
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         return scores.softmax(-1)[..., valueless:].to(v.dtype) @ v
     if valueless:
         v = F.pad(v, (0, 0, valueless, 0))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
+    )
 
 
 def heads(x: Tensor, index: Tensor | None) -> Tensor:
@@ -62,12 +71,14 @@ class TextSight:
     """What each text query of this forward sees.
 
     every: (B, 1, W, V + T) bool over visual then text slots; None: everything.
-    text: (B, 1, W, T) bool over the text slots; None: everything.
+    text: (B, 1, W, T) bool over the text slots; None: everything, or with `causal` those up to
+        its own.
     image_before: (B, 1, W, 1) bool, True where a visual key comes before the query.
     """
 
     every: Tensor | None
     text: Tensor | None
+    causal: bool
     image_before: Tensor
 
     @classmethod
@@ -84,9 +95,12 @@ class TextSight:
         text_only = every[..., n_visual:]
         # A pad in the last column, behind nothing but an image: no text to see, and not NaN either.
         text_only = text_only | ~text_only.any(-1, keepdim=True)
+        width, slots = text_only.shape[2:]
+        causal = width == slots > 1 and bool((text_only == torch.ones_like(text_only).tril()).all())
         return cls(
             None if bool(every.all()) else every,
-            None if bool(text_only.all()) else text_only.contiguous(),
+            None if causal or bool(text_only.all()) else text_only.contiguous(),
+            causal,
             image_before,
         )
 
@@ -101,9 +115,10 @@ def text_attention(
     dropout: float = 0.0,
 ) -> Tensor:
     """Text queries q (B, H, W, D) over one store → (B, H, W, D)."""
+    causal = False
     if sight is Sight.NOTHING:
-        k, v, mask = store.text_keys, store.text_values, masks.text
+        k, v, mask, causal = store.text_keys, store.text_values, masks.text, masks.causal
     else:
         k, mask = store.keys, masks.every
         v = store.values if sight is Sight.ALL else store.text_values
-    return attend(q, heads(k, kv_index), heads(v, kv_index), mask, scale, dropout)
+    return attend(q, heads(k, kv_index), heads(v, kv_index), mask, scale, dropout, causal)

@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._compat import DynamicCache, clear_dynamic_cache, read_stock_cache
+from ._compat import (
+    DynamicCache,
+    clear_dynamic_cache,
+    llava_reads_padding_off_keys,
+    read_stock_cache,
+)
 from .layout import VisualLayout
 from .plan import PruningPlan
 
@@ -128,6 +133,19 @@ def _grown(
     return old
 
 
+def refuse_foreign(cache: Any) -> None:
+    """Raises ValueError for a cache object that a pruned pass over an image cannot fill."""
+    if cache is None or isinstance(cache, tuple | list | VisualCache):
+        return
+    offloads = getattr(cache, "offloading", False)
+    if type(cache) is not DynamicCache or offloads:
+        raise ValueError(
+            f"past_key_values is {'an offloading' if offloads else 'a'} {type(cache).__name__}, "
+            "which a pruned pass over an image cannot fill: its layers store different heads. Pass "
+            "a transformers DynamicCache, or None (generate: leave out cache_implementation)"
+        )
+
+
 class VisualCache(DynamicCache):
     """Cache of a pruned pass over a prompt with images.
 
@@ -135,6 +153,7 @@ class VisualCache(DynamicCache):
         blind heads.
     plan: that of the model which filled it.
     length: tokens seen in each row, visual ones and padding included.
+    filling: a forward is under way, or did not come to its end.
     layout: of the whole sequence, (B, length).
     text_order, visual_order: (B, T) and (B, V) int64, the place of each slot in its row's sequence;
         -1 in empty slots.
@@ -167,15 +186,10 @@ class VisualCache(DynamicCache):
         """
         if isinstance(cache, VisualCache):
             return cache
+        refuse_foreign(cache)
         past = read_stock_cache(cache)
         if cache is None or isinstance(cache, tuple | list):
             cache = DynamicCache()
-        elif type(cache) is not DynamicCache:
-            raise ValueError(
-                f"past_key_values is a {type(cache).__name__}, which a pruned pass over an image "
-                "cannot fill: its layers store different heads. Pass a transformers DynamicCache, "
-                "or None"
-            )
         clear_dynamic_cache(cache)
         # In place, since the caller goes on with this very object; the two classes differ in
         # Python attributes only.
@@ -183,6 +197,7 @@ class VisualCache(DynamicCache):
         cache.plan = plan
         cache.stores = [(HeadStore(), HeadStore()) for _ in kv_heads]
         cache.length = past[0][0].shape[2] if past else 0
+        cache.filling = False
         cache.layout = VisualLayout.empty(batch, cache.length)
         cache.valid = valid
         places = torch.arange(cache.length, device="cpu").expand(batch, -1)
@@ -202,6 +217,11 @@ class VisualCache(DynamicCache):
                 "past_key_values was filled under another plan than the model's, and holds other "
                 "heads: start again with past_key_values=None"
             )
+        if self.filling:
+            raise ValueError(
+                "past_key_values was left half filled by a forward that was interrupted (out of "
+                "memory, perhaps): start again with past_key_values=None"
+            )
         if self.valid.shape[0] != batch:
             raise ValueError(
                 f"past_key_values holds {self.valid.shape[0]} rows, this call has {batch}: use "
@@ -214,6 +234,7 @@ class VisualCache(DynamicCache):
         """Notes the tokens of a forward: `layout` and `valid` (B, length + n), orders (B, new
         slots) of each kind.
         """
+        self.filling = True
         self.layout = self.layout.then(layout)
         self.valid = valid
         self.text_order = torch.cat([self.text_order, text_order], dim=1)
@@ -299,6 +320,8 @@ class VisualCache(DynamicCache):
         )
 
     def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        if llava_reads_padding_off_keys():  # and nothing else: zeros say where
+            return (self.valid[:, None, :, None].float(),) * 2
         raise TypeError(
             "a VisualCache has no single (key, value) pair per layer: see VisualCache.stores"
         )

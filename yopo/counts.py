@@ -73,7 +73,6 @@ def counts(setting: Setting) -> dict[str, Any]:
             _total(run[name], head)["total"], pruned_run and _total(pruned_run[name], head)["total"]
         )
     result["kv_bytes"] = _both(_kv_total(kv), pruned_kv and _kv_total(pruned_kv))
-    result["kv_bytes"]["notes"] = _memory_notes(result["kv_bytes"])
     result["weight_bytes"] = _both(
         asdict(weight_bytes(shape, None, setting.itemsize)),
         plan and asdict(weight_bytes(shape, plan, setting.itemsize)),
@@ -137,15 +136,6 @@ def _described(setting: Setting, plan: PruningPlan) -> dict[str, Any]:
         "head_mass": plan.head_mass,
         "cut_mass": plan.cut_mass,
     }
-
-
-def _memory_notes(kv: dict[str, Any]) -> list[str]:
-    if kv["pruned"] is None or kv["pruned"]["text"] <= kv["dense"]["text"]:
-        return []
-    return [
-        "key/value heads that kept and pruned query heads share (GQA) are held twice: their text "
-        "keys and values, and under exact mass their visual keys"
-    ]
 
 
 def _paper_notes(setting: Setting, plan: PruningPlan) -> list[str]:

@@ -24,7 +24,8 @@ from .packing import Packing, to_device
 from .plan import PruningPlan
 from .projections import gated_ffn, project_from_heads, project_to_heads, to_qkv
 
-# The two stores of a layer: heads whose text queries see visual tokens, and the others.
+# The two stores of a layer: key/value heads that some text queries see visual tokens through, and
+# the others.
 SEEN, BLIND = 0, 1
 
 # Who looks on at the attention of each layer with an image (collect.py): it is given the Pass, the
@@ -79,28 +80,34 @@ class LayerPlan:
         seeing = keep if below_cut else torch.zeros_like(keep)
         mass = plan.head_mass if below_cut else plan.cut_mass
         blind_sight = Sight.MASS if mass == "exact" else Sight.NOTHING
-        kv = tuple((mask.nonzero().flatten() // per_kv).unique() for mask in (seeing, ~seeing))
+        # Of query heads that share keys and values (GQA) some may see and some be blind: then the
+        # blind ones read the text in the store of the others, and none is held twice.
+        shared = seeing.unflatten(0, (-1, per_kv)).any(1).repeat_interleave(per_kv)
+        kv = tuple((mask.nonzero().flatten() // per_kv).unique() for mask in (shared, ~shared))
 
-        def groups(chosen: tuple[Tensor, Tensor]) -> tuple[HeadGroup, ...]:
+        def groups(seeing: Tensor, blind: Tensor) -> tuple[HeadGroup, ...]:
             made = []
-            for store, sight in ((SEEN, Sight.ALL), (BLIND, blind_sight)):
-                q = chosen[store].nonzero().flatten()
+            for chosen, store, sight in (
+                (seeing, SEEN, Sight.ALL),
+                (blind & shared, SEEN, blind_sight),
+                (blind & ~shared, BLIND, blind_sight),
+            ):
+                q = chosen.nonzero().flatten()
                 if len(q) == 0:
                     continue
                 place = torch.searchsorted(kv[store], q // per_kv)
                 straight = torch.equal(place, torch.arange(len(kv[store]), device="cpu"))
-                constants = (
-                    plan.text_mass[layer][q] if store == BLIND and mass == "calibrated" else None
-                )
+                weighed = mass == "calibrated" and sight is not Sight.ALL
+                constants = plan.text_mass[layer][q] if weighed else None
                 every = None if len(q) == plan.num_heads else q
                 made.append(HeadGroup(every, store, None if straight else place, sight, constants))
             return tuple(made)
 
-        text = groups((seeing, ~seeing))
+        text = groups(seeing, ~seeing)
         # Blind visual queries: kept heads past the cut; pruned ones too if these are not zero.
         blind = ~seeing & keep if plan.prune_visual_queries else ~seeing
         runs_visual = below_cut or plan.cut_mass == "exact"
-        visual = groups((seeing, blind)) if runs_visual else ()
+        visual = groups(seeing, blind) if runs_visual else ()
         whole = len(visual) == 1 and visual[0].q is None
         none = torch.zeros(0, dtype=torch.int64, device="cpu")
         return cls(
@@ -263,10 +270,12 @@ class Stack:
 
     def on(self, layer: int, device: torch.device) -> LayerPlan:
         """The plan of a layer with its index tensors where the layer computes, moved there once."""
-        if self.plans[layer].kv[0].device != device:
+        plan = self.plans[layer]
+        if plan.kv[0].device != device:
             with torch.inference_mode(False):  # they outlive this call, and training may follow
-                self.plans[layer] = to_device(self.plans[layer], device)
-        return self.plans[layer]
+                plan = to_device(plan, device)
+            self.plans[layer] = plan  # not read back: replicas on other devices write here too
+        return plan
 
     def kv_heads(self) -> list[tuple[Tensor, Tensor]]:
         """For each layer the key/value heads of its two stores."""
@@ -368,6 +377,7 @@ def run(
             stack.neurons,
         )
         rows = checkpoint(_layer, *arguments) if checkpoint is not None else _layer(*arguments)
+    cache.filling = False
     return merge()
 
 

@@ -130,7 +130,7 @@ def _layer(shape: Any, layer: LayerPlan, neurons: int, work: Work) -> LayerFlops
         text_projections=work.text_rows * weight * 2 * (heads + shape.num_key_value_heads),
         text_attention=attention(layer.text, work.text),
         text_ffn=work.text_rows * neuron * shape.intermediate_size,
-        visual_projections=rows * weight * (2 * queries + _projected_vectors(layer, shape)),
+        visual_projections=rows * weight * (2 * queries + visual_vectors(layer)),
         visual_attention=attention(layer.visual, work.visual),
         visual_ffn=rows * neuron * neurons,
     )
@@ -142,21 +142,11 @@ def visual_queries(layer: LayerPlan, heads: int) -> int:
 
 
 def visual_vectors(layer: LayerPlan) -> int:
-    """Keys and values that the stores of a layer hold of one visual token; a key/value head that
-    query heads of both stores read (GQA) counts twice, as each store holds it."""
+    """Keys and values that a layer computes, and its stores hold, of one visual token."""
     if not layer.runs_visual:
         return 0
     stores = zip(layer.kv, layer.visual_keys, layer.visual_values, strict=True)
     return sum(len(heads) * (keys + values) for heads, keys, values in stores)
-
-
-def _projected_vectors(layer: LayerPlan, shape: Any) -> int:
-    """Keys and values that a layer computes of one visual token: where both stores want keys, those
-    of all heads, once."""
-    if not all(layer.visual_keys):
-        return visual_vectors(layer)
-    stores = zip(layer.kv, layer.visual_values, strict=True)
-    return shape.num_key_value_heads + sum(len(heads) * values for heads, values in stores)
 
 
 def lm_head_flops(shape: Any, rows: int) -> int:

@@ -81,7 +81,7 @@ def as_text(result: dict[str, Any], per_layer: bool = False) -> str:
     parts = [_heading(result)]
     for name, title in (("prefill", "Prefill"), ("decode", "One decode step after it")):
         parts.append(_flops_table(result[name], title))
-    parts += [_bytes_table(result), *map(_sentence, result["kv_bytes"]["notes"]), _paper(result)]
+    parts += [_bytes_table(result), _paper(result)]
     if per_layer:
         parts.append(_layer_table(result))
     return "\n\n".join(parts)

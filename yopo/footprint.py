@@ -37,10 +37,7 @@ def kv_bytes(
     batch: int = 1,
     itemsize: int = 2,
 ) -> list[KVBytes]:
-    """Of each layer after a prefill of `text_slots` text and `visual_slots` visual tokens a row.
-
-    A key/value head that query heads of both stores read (GQA) is held twice, as the cache does.
-    """
+    """Of each layer after a prefill of `text_slots` text and `visual_slots` visual tokens a row."""
     token = batch * shape.head_dim * itemsize
     room = 0 if plan is None else int(GROWTH * text_slots) + SPARE - text_slots
     layers = []
@@ -78,11 +75,6 @@ def weight_bytes(shape: Any, plan: PruningPlan | None, itemsize: int = 2) -> Wei
     visual = 0
     for layer in stack.plans:
         if layer.runs_visual:
-            heads = 2 * visual_queries(layer, shape.num_attention_heads)
-            for used in (layer.visual_keys, layer.visual_values):
-                # A head in both stores is one head's weights.
-                heads += len(
-                    {int(h) for kv, use in zip(layer.kv, used, strict=True) if use for h in kv}
-                )
+            heads = 2 * visual_queries(layer, shape.num_attention_heads) + visual_vectors(layer)
             visual += shape.hidden_size * (heads * shape.head_dim + 3 * neurons)
     return WeightBytes(total * itemsize, forward * itemsize, visual * itemsize)

@@ -68,9 +68,7 @@ def positions(
     the row, for masks) is left out; with `masked=False`, no attention_mask came with them."""
     if position_ids is None:
         position_ids = torch.arange(past, past + n, device=device).unsqueeze(0)
-    # Of M-RoPE's sets the first (places, or time) never goes back within a prompt.
-    order = position_ids[0] if position_ids.dim() == 3 else position_ids
-    if not masked and bool((order.diff(dim=-1) < 0).any()):
+    elif not masked and n > 1 and _start_anew(position_ids):
         raise ValueError(
             "position_ids start anew within a row and there is no attention_mask: several samples "
             "packed into one row cannot be told from one prompt with images. Give each sample a "
@@ -79,6 +77,12 @@ def positions(
     if position_ids.dim() == 3:
         return position_ids[-3:].to(device).expand(-1, batch, -1)
     return position_ids.to(device).expand(batch, -1)
+
+
+def _start_anew(position_ids: Tensor) -> bool:
+    # Of M-RoPE's sets the first (places, or time) never goes back within a prompt.
+    order = position_ids[0] if position_ids.dim() == 3 else position_ids
+    return bool((order.diff(dim=-1) < 0).any())
 
 
 def refuse_long_for_window(config: Any, length: int) -> None:

@@ -63,8 +63,6 @@ def inspect(args: argparse.Namespace) -> int:
     batch = f", batch {setting.batch}" if setting.batch > 1 else ""
     what = "What that saves" if setting.plan else "What the dense model costs"
     print(f"\n{what} ({prompt}{batch}, {setting.dtype})\n\n{savings_table(result)}")
-    for note in result["kv_bytes"]["notes"]:
-        print(textwrap.fill(f"\nNote: {note}.", 100))
     if args.png:
         print(f"\ndrawn: {args.png}")
     return 0

@@ -18,7 +18,7 @@ from transformers.models.llama import modeling_llama as stock
 
 from . import engine
 from ._compat import exchange_class, rope
-from .cache import VisualCache
+from .cache import VisualCache, refuse_foreign
 from .inputs import (
     may_show_image,
     other_shape,
@@ -114,6 +114,7 @@ class PrunedModelMixin:
             self._yopo_warned = warn_of_foreign_embeddings(n, self.config)
         if not may_show_image(known, past_key_values, past, batch, n, embedded, self.config):
             return as_stock()
+        refuse_foreign(past_key_values)
         if isinstance(past_key_values, VisualCache):
             past_key_values.check(self.yopo_plan, batch)
         if isinstance(attention_mask, dict):

@@ -21,7 +21,8 @@ def to_device(x: T, device: torch.device) -> T:
     as it is.
     """
     if isinstance(x, Tensor):
-        return x.to(device, non_blocking=True)
+        # Towards the CPU, a copy that is not waited for could be read before it is there.
+        return x.to(device, non_blocking=device.type != "cpu")
     if isinstance(x, tuple):
         return tuple(to_device(part, device) for part in x)
     if is_dataclass(x):
