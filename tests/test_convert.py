@@ -21,7 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from yopo import convert_stream, shards
+from yopo import convert_stream, neurons, shards
+from yopo.attach import ffn_order_of
 from yopo.cli import BadInput, main
 from yopo.plan import PruningPlan
 
@@ -472,6 +473,44 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(
     assert len(written) == len(list(target.glob("*.safetensors"))) - after
 
 
+def test_stopped_by_ctrl_c_it_says_how_to_go_on(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    whole = sums(convert(source, tmp_path / "whole"))
+    for place in ("yopo.convert_text.write", "yopo.convert.stream", "pathlib.Path.rename"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, stop)
+            assert main(["convert", str(source), str(tmp_path / "new")]) == 130
+        assert "goes on from" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    assert sums(convert(source, tmp_path / "new")) == whole
+
+
+def test_a_target_that_cannot_be_written_is_one_line(source: Path, capsys: Any) -> None:
+    assert main(["convert", str(source), "/proc/nowhere/new"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("yopo: error: /proc/nowhere")
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_the_order_of_ffn_neurons_is_kept(tmp_path: Path, source: Path, planned: bool) -> None:
+    """A calibrated checkpoint stays one whose neurons can be put back (neurons.undo)."""
+    config = json.loads((source / "config.json").read_text())
+    layers, size = config["num_hidden_layers"], config["intermediate_size"]
+    order = torch.stack([torch.arange(size).flip(0)] * layers)
+    neurons.save_order(source / neurons.FILE, order)
+    if planned:
+        keep = torch.ones(layers, config["num_attention_heads"])
+        PruningPlan(keep, ffn_ratio=2, ffn_order=neurons.checksum(order)).save_to(config)
+    else:
+        config["yopo_ffn_order"] = neurons.checksum(order)
+    (source / "config.json").write_text(json.dumps(config))
+    made = convert(source, tmp_path / "new")
+    assert torch.equal(neurons.load_order(made / neurons.FILE), order)
+    assert ffn_order_of(loaded(made)) == neurons.checksum(order)
+
+
 def test_a_damaged_finished_shard_is_made_again(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -541,7 +580,7 @@ def test_missing_surplus_and_misshapen_tensors_are_named(
     for changed, message in (
         (
             {n: w for n, w in weights.items() if n != lost},
-            "1 tensors missing: language_model.layers.1",
+            "1 missing, by the names of the new model: language_model.layers.1",
         ),
         (
             {**weights, "model.layers.3.mlp.up_proj.weight": torch.ones(2, 2)},

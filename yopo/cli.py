@@ -1,13 +1,15 @@
 """The command line, `python -m yopo COMMAND …`: the list of commands, and `run`. Every other
 command has a file of its own with `add_arguments(parser)`; what a command does is not done here.
 
-Exit codes: 0; 2 for bad input, with one line on stderr; a program under `run` keeps its own.
+Exit codes: 0; 2 for bad input, with one line on stderr; 130 for a command that was stopped and can
+be gone on with; a program under `run` keeps its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -34,6 +36,9 @@ _RUN_USAGE = "python -m yopo run (-m MODULE | SCRIPT.py) [ARGUMENT …]"
 _RUN_HELP = "run a module or script, unchanged, with yopo's models in place of transformers' Llama"
 
 
+INTERRUPTED = 130  # the exit code that shells give to a program stopped by Ctrl-C
+
+
 class BadInput(Exception):
     """What the user gave cannot be used; its message says what, and the remedy."""
 
@@ -46,10 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Not through argparse: every argument after the target is the program's, `-m` too.
             return run(arguments[1:])
         args = _parser(arguments[:1]).parse_args(arguments)
-        return args.command(args) or 0
+        code = args.command(args) or 0
+        sys.stdout.flush()
+        return code
     except BadInput as error:
         print(f"yopo: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if arguments[:1] == ["run"]:
+            raise  # the program's own business
+        print("yopo: stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # … | head; what is left in the buffer must not be flushed at exit
+        if arguments[:1] == ["run"]:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -12,6 +12,8 @@ import argparse
 import json
 import math
 import re
+import shutil
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,9 @@ try:
 except ImportError:  # of versions whose configs check no types
     StrictDataclassError = ValueError
 
-from yopo import __version__
+from yopo import __version__, neurons
 from yopo._compat import has_families
-from yopo.cli import BadInput
+from yopo.cli import INTERRUPTED, BadInput
 from yopo.convert_common import Conversion, Make, local_folder
 from yopo.convert_stream import Piece, finish, stream
 from yopo.shards import Entry, Shard, read_json
@@ -87,10 +89,19 @@ def convert(args: argparse.Namespace) -> int:
         "plan": conversion.plan.summary() if conversion.plan else None,
         "notes": conversion.notes,
     }
-    report |= stream(pieces, partial, int(args.shard_gb * 1e9))
-    _write_config(conversion, partial)
-    conversion.write_rest(partial)
-    finish(partial, target, report)
+    try:
+        report |= stream(pieces, partial, int(args.shard_gb * 1e9))
+        _write_config(conversion, partial)
+        _keep_ffn_order(source, partial)
+        conversion.write_rest(partial)
+        finish(partial, target, report)
+    except OSError as error:
+        raise BadInput(
+            f"{partial} cannot be written: {error}. Run again, it goes on from there"
+        ) from error
+    except KeyboardInterrupt:
+        print(f"yopo: stopped; the same command goes on from {partial}", file=sys.stderr)
+        return INTERRUPTED
     print(
         f"{target}: {conversion.kind} as {conversion.model_class.__name__}, {len(pieces)} tensors"
     )
@@ -176,13 +187,16 @@ def _compare(pieces: list[Piece], surplus: list[str], conversion: Conversion) ->
     surplus += [made[name].source for name in made if name not in wanted]
     missing = [name for name in wanted if name not in made]
     problems = [
-        f"{len(names)} tensors {what}: {_some(names)}"
-        for what, names in (("missing", missing), ("too many", surplus))
+        f"{len(names)} {what}: {_some(names)}"
+        for what, names in (
+            ("missing, by the names of the new model", missing),
+            ("too many", surplus),
+        )
         if names
     ]
     if problems:
         raise BadInput(
-            f"the checkpoint is not the {conversion.kind} that its config.json describes: "
+            f"the tensors are not those of the {conversion.kind} that config.json describes: "
             + "; ".join(problems)
         )
     for name, shape in wanted.items():
@@ -242,6 +256,17 @@ def _write_config(conversion: Conversion, folder: Path) -> None:
         conversion.plan.save_to(content)  # where save_pretrained has it after yopo.apply
     file = folder / "config.json"
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _keep_ffn_order(source: Path, folder: Path) -> None:
+    """What says in which order the FFN neurons are (neurons.py): they keep it."""
+    if (source / neurons.FILE).is_file():
+        shutil.copyfile(source / neurons.FILE, folder / neurons.FILE)
+    order = read_json(source / "config.json").get("yopo_ffn_order")
+    if order is not None:
+        file = folder / "config.json"
+        content = read_json(file) | {"yopo_ffn_order": order}
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _some(names: list[str]) -> str:

@@ -87,16 +87,17 @@ def stream(pieces: list[Piece], partial: Path, limit: int) -> dict[str, Any]:
 
 
 def finish(partial: Path, target: Path, report: dict[str, Any]) -> None:
-    """Adds the report, with the checksum of every file, and gives the folder its name."""
+    """Adds the report, with the checksum of every file, and gives the folder its name. Interrupted
+    at any point, it can be called again, or is done."""
     ours = (_PROGRESS, REPORT)
     files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name not in ours)
     sums = {str(file.relative_to(partial)): _checksum(file) for file in files}
     _write_json(partial / REPORT, {**report, "files": sums})
-    (partial / _PROGRESS).unlink()  # not before: checksums take long, and can be interrupted
     try:
         partial.rename(target)
     except OSError as error:
         raise BadInput(f"DST {target} appeared meanwhile; what was made is {partial}") from error
+    (target / _PROGRESS).unlink()
 
 
 def _shards(pieces: list[Piece], limit: int) -> Iterator[list[Piece]]:

@@ -7,7 +7,6 @@ Holds the command and its checks of what the user gave; nothing here computes fo
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from yopo.cli import BadInput
+from .cli import BadInput
 
 # Relative to the working directory, as the vision tower's path in the checkpoint is.
 DEFAULT_MODEL = "examples/tiny_llava/checkpoints/tiny-llava-v1-pruned"
@@ -25,8 +24,6 @@ DEFAULT_IMAGE = "examples/tiny_llava/images/easy-vqa-test-0.png"
 DEFAULT_QUESTION = "what color is the shape?"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,11 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def infer(args: argparse.Namespace) -> int:
     """Answers args.question. Raises BadInput before any heavy work where something is wrong."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice would break up the answer
     check_model(args.model_path)
     check_image(args.image_file)
     if args.mass:
         os.environ["YOPO_MASS"] = args.mass  # PruningPlan.from_config obeys it and checks it
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice would break up the answer
     llava_cli = _llava_cli()
     device = device_of(args.device)
     meter = _Meter()
@@ -82,18 +79,13 @@ def check_model(path: str) -> None:
     name = folder.name if not folder.name.startswith("checkpoint-") else folder.parent.name
     if "llava" not in name.lower():
         raise BadInput(f"--model-path: LLaVA loads only folders with 'llava' in their name: {path}")
-    config = _json(folder / "config.json")
+    from .shards import read_json, weight_files
+
+    config = read_json(folder / "config.json")
     if not any((folder / file).is_file() for file in ("tokenizer.model", "tokenizer.json")):
         raise BadInput(f"{path} is cut off: it has neither tokenizer.model nor tokenizer.json")
-    files = [file for file in _WEIGHT_FILES if (folder / file).is_file()]
-    for index in _INDEX_FILES:
-        if (folder / index).is_file():
-            files = sorted(set(_json(folder / index).get("weight_map", {}).values()))
-            break
-    if not files:
-        raise BadInput(f"{path} is cut off: it has no weights ({' or '.join(_WEIGHT_FILES)})")
-    for file in files:
-        _check_weights(folder / file)
+    for file in weight_files(folder):
+        _check_weights(file)
     tower = str(config.get("mm_vision_tower", ""))
     hub_tower = tower.startswith(("openai", "laion")) or "ShareGPT4V" in tower  # LLaVA's rule
     if not (hub_tower or Path(tower).exists()):
@@ -120,29 +112,13 @@ def check_image(path: str) -> None:
         raise BadInput(f"--image-file: {path!r} is not an image PIL can read: {error}") from error
 
 
-def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise BadInput(f"{file.parent} is cut off: it has no {file.name}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{file} is not JSON, perhaps cut off: {error}") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{file} holds no JSON object")
-    return content
-
-
 def _check_weights(file: Path) -> None:
-    if not file.is_file():
-        raise BadInput(f"{file.parent} is cut off: it has no {file.name}, which its index names")
+    """Without reading the tensors."""
     if file.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
+        from .shards import Shard
 
-        try:
-            with safe_open(file, framework="pt"):
-                return
-        except (SafetensorError, OSError) as error:
-            raise BadInput(f"{file} is cut off or no safetensors file: {error}") from error
+        with Shard(file):
+            return
     with file.open("rb") as stream:
         start = stream.read(2)
     if not start or (start == b"PK" and not zipfile.is_zipfile(file)):

@@ -62,7 +62,7 @@ def weight_files(folder: Path) -> list[Path]:
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise BadInput(
-                    f"{folder} is cut off: it has no {', '.join(missing)}, which {index} names"
+                    f"{folder} is cut off: it has no {', '.join(missing)}, which its index names"
                 )
             return files
     raise BadInput(f"{folder} has no weights ({', '.join(_SINGLE + _INDEXES)})")
