@@ -405,8 +405,10 @@ def test_half_precision_is_near(kind: Kind) -> None:
 
 
 @pytest.mark.feature("generate")
-def test_images_encoded_beforehand_are_pruned_alike(kind: Kind) -> None:
-    """What generate() of newer transformers does, by hand: pixels and sizes stay behind."""
+@pytest.mark.parametrize("copied", [False, True])
+def test_images_encoded_beforehand_are_pruned_alike(kind: Kind, copied: bool) -> None:
+    """What generate() of newer transformers does, by hand: pixels and sizes stay behind. copied:
+    the features, as hooks do that move them to another device."""
     model = yopo.apply(build(kind), a_plan())
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         pytest.skip("forward takes no encoded images on this transformers")
@@ -422,6 +424,12 @@ def test_images_encoded_beforehand_are_pruned_alike(kind: Kind) -> None:
         if given:
             with torch.no_grad():
                 encoded[what] = encode(**given, return_dict=True)
+        if copied and given:
+            features = encoded[what].pooler_output
+            alone = isinstance(features, Tensor)
+            encoded[what].pooler_output = (
+                features.clone() if alone else [one.clone() for one in features]
+            )
     assert not any("pixel" in name for name in inputs)
     found = run(model, inputs, mm_encoder_outputs=encoded).logits
     assert torch.equal(found, expected)

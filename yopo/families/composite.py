@@ -8,6 +8,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,6 +50,9 @@ class Composite:
         of forward, or of get_image_features, by name."""
         raise NotImplementedError
 
+    # By kind the features encoded last, each with its image, until a forward has used them.
+    _yopo_encoded: Mapping[str, Sequence[tuple[Tensor, Image]]] = MappingProxyType({})
+
     @classmethod
     def instrument(cls, pruned: type, stock: type) -> None:
         """Wraps, on the class `pruned` made of `stock`, what images come in through."""
@@ -64,7 +68,7 @@ class Composite:
             encoded = (given.get("mm_encoder_outputs") or {}).get(kind)
             if encoded is not None:
                 each = list(encoded.pooler_output)
-                images = [getattr(features, "yopo_image", None) for features in each]
+                images = [self._encoded_image(kind, features) for features in each]
                 if None in images:
                     images = self.images(kind, {**given, pixels: each})
             elif given.get(pixels) is not None and len(given[pixels]) > 0:
@@ -73,6 +77,16 @@ class Composite:
                 continue
             shown.append((self.token(kind), images))
         return shown
+
+    def _encoded_image(self, kind: str, features: Tensor) -> Image | None:
+        """Which image `features` are of; None if they did not come from here."""
+        image = getattr(features, "yopo_image", None)
+        if image is None:  # on a copy, as hooks that move or cast make one, the note is lost
+            for original, of in self._yopo_encoded.get(kind, ()):
+                alike = original.shape == features.shape
+                if alike and torch.equal(original.to(features), features):
+                    return of
+        return image
 
     def _placeholders(self, given: Mapping[str, Any]) -> Callable[[int], Tensor]:
         """Where (B, n) a token stands; by its embedding, if embeddings are all there is."""
@@ -123,6 +137,7 @@ def _wrap_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
         shown = self._shown(given)
         if not shown and given.get("inputs_embeds") is not None:
             return stock(self, *args, **kwargs)  # foreign: nothing is known of them
+        vars(self).pop("_yopo_encoded", None)
         with call(_layout(self._placeholders(given), shown) if shown else None):
             return stock(self, *args, **kwargs)
 
@@ -140,9 +155,12 @@ def _wrap_encode(stock: Callable[..., Any], kind: str) -> Callable[..., Any]:
         out = stock(self, *args, **kwargs)
         features = getattr(out, "pooler_output", None)
         if isinstance(features, tuple | list):
-            given = _arguments(signature, self, *args, **kwargs)
-            for one, image in zip(features, self.images(kind, given), strict=True):
+            images = self.images(kind, _arguments(signature, self, *args, **kwargs))
+            pairs = list(zip(features, images, strict=True))
+            for one, image in pairs:
                 one.yopo_image = image
+            kept = {kind: [(one.detach(), image) for one, image in pairs]}
+            self._yopo_encoded = {**self._yopo_encoded, **kept}
         return out
 
     encode.__signature__ = signature
@@ -174,7 +192,10 @@ def _layout(
                         f"given do not fill: {at} are filled, and "
                         + (f"the next has {len(image.cells)}" if image else "none is left")
                         + " (features, by its size). Let the model's own processor make the "
-                        "prompt (it writes one token for each feature), and do not cut images"
+                        "prompt (it writes one token for each feature), and do not cut images, as "
+                        "generate's prefill_chunk_size does; with several images in a row also "
+                        "leave out num_beams and num_return_sequences (up to transformers 5.14 "
+                        "they mix up the images of a row)"
                     )
                 here = columns[at : at + len(image.cells)]
                 visual[b, here] = torch.tensor(image.cells, dtype=torch.bool)
