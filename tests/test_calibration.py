@@ -83,12 +83,11 @@ def test_a_budget_searches_on_samples_that_the_statistics_leave_out() -> None:
     model = build(FOUR)
     samples = [sample(seed, FOUR) for seed in range(8)]
     plan = yopo.calibrate(model, samples, budget=0.25, mass="drop")
-    held_out = [samples[3], samples[7]]
-    taken = [one for index, one in enumerate(samples) if index not in (3, 7)]
+    held_out, taken = samples[1::2], samples[::2]
     statistics = collect(model, taken, influence=False)
     known = references(model, held_out)
     expected = yopo.calibrate(
-        model, statistics=statistics, held_out=held_out, budget=0.25, mass="drop"
+        model, statistics=statistics, held_out=iter(held_out), budget=0.25, mass="drop"
     )
     assert plan == expected
     assert divergence(model, plan, known).kl.mean() > 0
@@ -109,6 +108,8 @@ def test_samples_may_come_one_by_one_and_be_limited() -> None:
         ({"rule": "random"}, "rule is 'random'; allowed: released"),
         ({"alpha": 0.1, "keep": 0.5}, "alpha and keep are both given"),
         ({"alpha": 0.1, "budget": 0.5}, "alpha and budget are both given"),
+        ({"window": None, "budget": 0.5}, "window and budget are both given"),
+        ({"alpha": float("nan")}, "alpha is nan"),
         ({"keep": 0.5, "budget": 0.5}, "keep and budget are both given"),
         ({"keep": 1.5}, "keep is 1.5; allowed"),
         ({"mass": "soft"}, "mass is 'soft'"),

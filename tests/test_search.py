@@ -178,9 +178,16 @@ def test_statistics_of_another_model_are_refused(statistics: Any, known: Any) ->
 
 
 def test_too_few_samples_to_hold_any_out_are_refused() -> None:
-    assert split(list(range(8))) == ([0, 1, 2, 4, 5, 6], [3, 7])
-    with pytest.raises(ValueError, match="3 samples"):
-        split([1, 2, 3])
+    assert split(list(range(5))) == ([0, 2, 4], [1, 3])
+    with pytest.raises(ValueError, match="1 samples"):
+        split([1])
+
+
+def test_not_more_plans_are_tried_than_told(model: Any, statistics: Any, known: Any) -> None:
+    start = [PruningPlan(torch.zeros(4, 4), layer_cut=1, ffn_ratio=4)]
+    for most in (1, 2, 3):
+        found = found_for(model, statistics, known, 0.5, mass="drop", start=start, evaluations=most)
+        assert 1 <= len(found.evaluations) <= most
 
 
 @pytest.mark.parametrize("wrong", [{"evaluations": 0}, {"held_out": []}])

@@ -106,6 +106,28 @@ def test_samples_are_told_apart_by_every_value() -> None:
     assert digest_of({"grids": [[(2, 3)]], "input_ids": torch.tensor([[1, 2]])}) in marks
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head", "model.norm"])
+def test_other_weights_around_the_layers_are_another_model(name: str) -> None:
+    model = build(SHAPE)
+    mark = fingerprint(model)
+    with torch.no_grad():
+        model.get_submodule(name).weight.mul_(1.5)
+    assert fingerprint(model) != mark
+
+
+def test_adapters_are_another_model_once_they_change_it() -> None:
+    peft = pytest.importorskip("peft")
+    model = build(SHAPE)
+    mark = fingerprint(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "up_proj"]))
+    assert fingerprint(adapted) == mark  # a new LoRA is zero
+    with torch.no_grad():
+        adapted.get_submodule(
+            "base_model.model.model.layers.1.self_attn.q_proj.lora_B.default"
+        ).weight.fill_(0.1)
+    assert fingerprint(adapted) != mark
+
+
 @pytest.mark.parametrize("name", ["k_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
 def test_another_matrix_is_another_model(name: str) -> None:
     model = build(Shape())

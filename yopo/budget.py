@@ -35,8 +35,7 @@ class VisualCost:
         self._dense = self._flops(None)
 
     def share(self, plan: PruningPlan) -> float:
-        """The plan's visual FLOPs relative to the dense model's: 0 to 1, or a little more where
-        heads that share keys are split (GQA)."""
+        """The plan's visual FLOPs relative to the dense model's: 0 to 1."""
         return self._flops(plan) / self._dense
 
     def ffn_ratio_within(self, plan: PruningPlan, budget: float) -> float | None:

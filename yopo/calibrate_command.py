@@ -12,15 +12,18 @@ import importlib.util
 import os
 import sys
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from .cli import BadInput
+from .cli import INTERRUPTED, BadInput
 
 RULES = ("released",)  # calibration.RULES, which takes seconds to import
 STATISTICS = "statistics.safetensors"
-INTERRUPTED = 130  # the exit code that shells give to a program stopped by Ctrl-C
 MOST_NAMED = 10  # of the entries passed over
+SAMPLES = 100  # for statistics: over so many the released rule votes
+JUDGING = 3  # of the questions held out every third judges the plan and chooses nothing
+SHOWN = 25  # questions that show what a plan by a rule changes, for which none are held out
 _CHOSEN = ("layer_cut", "ffn_ratio", "window")  # by hand, where there is no budget
 
 
@@ -30,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="questions, as JSON lines")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--image-folder", type=Path, help="of relative paths (default: --data's)")
-    parser.add_argument("--samples", type=int, default=100, help="questions taken (100)")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        help="questions taken (100; with --budget or --fit-mass 200, every second one held out)",
+    )
     parser.add_argument(
         "--statistics", type=Path, help="of an earlier run, in place of taking them"
     )
@@ -60,6 +67,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def calibrate(args: argparse.Namespace) -> int:
     """Makes args.out. Raises BadInput before any heavy work where something is wrong."""
+    from safetensors import SafetensorError
+
+    try:
+        return _calibrate(args)
+    except (ValueError, TypeError, OSError, SafetensorError) as error:
+        raise BadInput(str(error)) from error
+    except KeyboardInterrupt:
+        begun = (_partial(args) / STATISTICS).exists()
+        goes_on = f"the same command goes on from {_partial(args)}" if begun else "nothing is kept"
+        print(f"yopo: stopped; {goes_on}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _calibrate(args: argparse.Namespace) -> int:
     _check(args)
     from .infer import check_model, device_of
     from .questions import Samples, read_questions
@@ -72,9 +93,12 @@ def calibrate(args: argparse.Namespace) -> int:
             raise BadInput(f"--out: LLaVA loads only folders with 'llava' in the name: {args.out}")
     device, questions = device_of(args.device), []
     if args.data is not None:
-        questions, passed_over = read_questions(args.data, args.samples, args.image_folder)
+        wanted = args.samples or SAMPLES * (2 if _holds_out(args) else 1)
+        questions, passed_over = read_questions(args.data, wanted, args.image_folder)
         for line in passed_over[:MOST_NAMED]:
             print(f"passed over: {line}", file=sys.stderr)
+        if len(passed_over) > MOST_NAMED:
+            print(f"passed over: {len(passed_over) - MOST_NAMED} more", file=sys.stderr)
         print(f"{len(questions)} questions, {len(passed_over)} passed over")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from .search import split
@@ -84,18 +108,23 @@ def calibrate(args: argparse.Namespace) -> int:
     else:
         from .hf_inputs import HfInputs as Inputs
 
-    try:
-        taken, held_out = split(questions) if questions else ([], [])
-        loaded = Inputs(args.model, device)
-        _make(args, loaded.model, Samples(taken, loaded), Samples(held_out, loaded))
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        raise BadInput(str(error)) from error
-    except KeyboardInterrupt:
-        begun = (_partial(args) / STATISTICS).exists()
-        goes_on = f"the same command goes on from {_partial(args)}" if begun else "nothing is kept"
-        print(f"yopo: stopped; {goes_on}", file=sys.stderr)
-        return INTERRUPTED
+    if _holds_out(args):
+        taken, held_out = split(questions)
+        judging = held_out[JUDGING - 1 :: JUDGING]
+        choosing = [q for i, q in enumerate(held_out) if i % JUDGING != JUDGING - 1]
+        judges = f"held out, {'by which the plan was not chosen' if judging else 'which chose it'}"
+    else:
+        taken, choosing, judging = questions, [], questions[:SHOWN]
+        judges = "of those that the statistics were taken of"
+    loaded = Inputs(args.model, device)
+    parts = [Samples(some, loaded) for some in (taken, choosing, judging or choosing)]
+    _make(args, loaded.model, *parts, judges)
     return 0
+
+
+def _holds_out(args: argparse.Namespace) -> bool:
+    """Whether a plan is chosen, or constants fitted, by the answers to questions held out."""
+    return args.budget is not None or args.fit_mass is not None
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -107,6 +136,8 @@ def _check(args: argparse.Namespace) -> None:
         raise BadInput(f"--{flag} and --budget are both given: a budget chooses the whole plan")
     if args.alpha is not None and args.keep is not None:
         raise BadInput("--alpha and --keep are both given: each decides how many heads are kept")
+    if args.alpha is not None and not isfinite(args.alpha):
+        raise BadInput(f"--alpha is {args.alpha}; allowed: finite numbers")
     if args.keep is not None and not 0 <= args.keep <= 1:
         raise BadInput(f"--keep is {args.keep:g}; allowed: a share of the heads, 0 to 1")
     if args.budget is not None and not 0 < args.budget <= 1:
@@ -123,8 +154,10 @@ def _check(args: argparse.Namespace) -> None:
         raise BadInput("--fit-mass takes a number of steps from 1, and --data to fit to")
     if args.fit_mass is not None and "calibrated" not in masses:
         raise BadInput(f"--fit-mass fits the constants of calibrated mass; --mass is {args.mass}")
-    if args.samples < 1:
+    if args.samples is not None and args.samples < 1:
         raise BadInput(f"--samples is {args.samples}; allowed: from 1")
+    if args.evaluations < 1:
+        raise BadInput(f"--evaluations is {args.evaluations}; allowed: from 1")
     if not Path(args.model).is_dir():
         raise BadInput(f"there is no folder {args.model!r} (from {Path.cwd()}); download it first")
     if args.out.exists():
@@ -157,8 +190,11 @@ def _ours(args: argparse.Namespace, path: Path) -> bool:
     return path.is_file() and (copied or any(path.match(pattern) for pattern in own))
 
 
-def _make(args: argparse.Namespace, model: Any, taken: Any, held_out: Any) -> None:
-    """Takes statistics of `taken`, makes the plan, tries it on `held_out`, writes the folder."""
+def _make(
+    args: argparse.Namespace, model: Any, taken: Any, choosing: Any, judging: Any, judges: str
+) -> None:
+    """Takes statistics of the samples `taken`, makes the plan, searched or fitted by the answers to
+    `choosing`, says what it changes for `judging` (in words: `judges`), writes the folder."""
     from . import neurons
     from .attach import ffn_order_of
     from .budget import VisualCost
@@ -167,6 +203,7 @@ def _make(args: argparse.Namespace, model: Any, taken: Any, held_out: Any) -> No
     from .divergence import divergence, references
     from .mass_fit import fit_text_mass
     from .plan import PruningPlan
+    from .rules import solve_alpha
     from .search import search
     from .statistics import Statistics
     from .trial import stack_of
@@ -193,22 +230,26 @@ def _make(args: argparse.Namespace, model: Any, taken: Any, held_out: Any) -> No
         except ValueError as error:
             remedy = f"; remove {partial} to start anew" if begun else ""
             raise BadInput(f"{error}{remedy}") from error
+        if len(statistics) > len(taken):
+            print(f"statistics of {len(statistics)} samples, as many as {partial} has already")
+        print(_influence(statistics))
     original, order = statistics, None
     if not args.first_neurons:
         try:
             order, statistics = neurons.reorder(model, statistics)
         except TypeError as error:
             raise BadInput(f"{error}; or keep their order: --first-neurons") from error
-    known = references(model, held_out)
+    known = references(model, choosing)
     if args.budget is None:
-        plan = plan_from(
-            statistics, rule=args.rule, alpha=args.alpha, keep=args.keep, mass=args.mass, **chosen
-        )
+        keep = 0.5 if args.keep is None else args.keep
+        alpha = solve_alpha(statistics.ratios, keep) if args.alpha is None else args.alpha
+        plan = plan_from(statistics, rule=args.rule, alpha=alpha, mass=args.mass, **chosen)
+        print(f"alpha: {alpha:.4g}")
         found = None
     else:
         found = search(
             model,
-            held_out,
+            choosing,
             args.budget,
             statistics,
             mass=args.mass,
@@ -221,17 +262,30 @@ def _make(args: argparse.Namespace, model: Any, taken: Any, held_out: Any) -> No
         answers = references(model, taken)
         plan = fit_text_mass(model, plan, answers, known, args.fit_mass, progress=True)
     print(f"plan: {plan.summary()}")
+    known = references(model, judging)
     if known:
         share = VisualCost(stack.config, (r.prompt for r in known)).share(plan)
         change = divergence(model, plan, known)
         print(
-            f"visual FLOPs: {100 * share:.1f} % of the dense model's. {len(known)} questions held "
-            f"out: {100 * change.same.double().mean():.1f} % answered as by the dense model, KL "
-            f"{change.kl.mean():.3g} nats per token"
+            f"visual FLOPs: {100 * share:.1f} % of the dense model's. {len(known)} questions "
+            f"{judges}: {100 * change.same.double().mean():.1f} % answered as by the dense model, "
+            f"KL {change.kl.mean():.3g} nats per token"
         )
+        if len(known) < 20:
+            print("note: so few questions tell little; give more (--samples)")
     plan = replace(plan, ffn_order=before if order is None else neurons.checksum(order))
     _write(args, partial, plan, order, original, found)
     print(f"written: {args.out}")
+
+
+def _influence(statistics: Any) -> str:
+    """In which layers the image still matters: where a layer cut costs little."""
+    mean = statistics.influence.double().nanmean(0).tolist()
+    layers = ", ".join(f"{layer}: {value:.2g}" for layer, value in enumerate(mean))
+    return (
+        "KL (nats) of the next token's distribution from the dense model's, if the visual tokens "
+        f"leave at layer … {layers}"
+    )
 
 
 def _write(

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from inspect import signature
 from itertools import islice
 from typing import Any
 
@@ -21,38 +22,36 @@ def calibrate(
     model: nn.Module,
     samples: Iterable[dict[str, Any]] = (),
     *,
-    rule: str = "released",
-    alpha: float | None = None,
-    keep: float | None = None,
-    window: int | None = 5,
-    window_causal: bool = False,
-    layer_cut: int | None = None,
-    ffn_ratio: float = 2,
-    mass: str = "calibrated",
     budget: float | None = None,
-    held_out: Sequence[dict[str, Any]] | None = None,
+    held_out: Iterable[dict[str, Any]] | None = None,
+    mass: str = "calibrated",
     statistics: Statistics | None = None,
     limit: int | None = None,
     progress: bool = False,
+    **chosen: Any,
 ) -> PruningPlan:
     """A plan for `model`, made from `samples`, model inputs of one prompt each (sample.py).
 
-    Without a budget: heads by `rule` with threshold `alpha`, or the one at which the share `keep`
-    of all heads is kept (default 0.5); layer_cut None: half the layers. window, window_causal,
-    ffn_ratio: as the plan's.
     budget: the plan under which visual tokens take at most this share of the dense model's FLOPs
-    for them and the answers of `held_out` (default: every fourth sample, which the statistics then
-    leave out) change least (search.py); no other choice is taken then.
+    for them and the answers of `held_out` (default: every second sample, which the statistics then
+    leave out) change least (search.py).
+    Without a budget: the plan by a head rule; `chosen` are arguments of `plan_from` (rule, alpha or
+    keep, window, window_causal, layer_cut, ffn_ratio).
     mass: HEAD[/CUT], the plan's head_mass and cut_mass.
     statistics: of this model, in place of taking them. limit: take only so many samples.
 
-    The model and its plan stay as they are. Raises ValueError naming what does not fit.
+    The model and its plan stay as they are. Visual tokens use the first FFN neurons as they are;
+    `yopo.neurons.reorder` ranks them first, in place, as the command line does.
+
+    Raises ValueError naming what does not fit, TypeError for an argument that there is not.
     """
+    if unknown := chosen.keys() - signature(plan_from).parameters.keys():
+        raise TypeError(f"calibrate takes no {sorted(unknown)[0]!r}")
     if budget is not None:
-        chosen = {"alpha": alpha, "keep": keep}
-        named = [name for name, value in chosen.items() if value is not None]
-        if named:
-            raise ValueError(f"{named[0]} and budget are both given: a budget chooses the plan")
+        if chosen:
+            raise ValueError(
+                f"{next(iter(chosen))} and budget are both given: a budget chooses the plan"
+            )
         from .search import search, split
 
         if held_out is None:
@@ -65,17 +64,7 @@ def calibrate(
     if statistics is None:
         statistics = collect(model, samples, limit=limit, progress=progress, influence=False)
     statistics.check(model)
-    return plan_from(
-        statistics,
-        rule=rule,
-        alpha=alpha,
-        keep=keep,
-        window=window,
-        window_causal=window_causal,
-        layer_cut=layer_cut,
-        ffn_ratio=ffn_ratio,
-        mass=mass,
-    )
+    return plan_from(statistics, mass=mass, **chosen)
 
 
 def plan_from(
@@ -90,8 +79,12 @@ def plan_from(
     ffn_ratio: float = 2,
     mass: str = "calibrated",
 ) -> PruningPlan:
-    """The plan by a head rule, of the model that the statistics are of; arguments as `calibrate`'s.
-    Takes no time."""
+    """The plan by a head rule, of the model that the statistics are of. Takes no time.
+
+    Heads by `rule` with threshold `alpha`, or the one at which the share `keep` of the heads of all
+    layers is kept (default 0.5; the first two layers keep theirs whatever it is); layer_cut None:
+    half the layers. window, window_causal, ffn_ratio: as the plan's.
+    """
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}; allowed: {', '.join(RULES)}")
     if alpha is not None and keep is not None:

@@ -5,7 +5,6 @@ and its FFN neurons in another order where they were put so. Files only; no mode
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -23,8 +22,8 @@ _RESULTS = ("statistics.safetensors", "headmask_*.npy", "search.csv", "pareto.pn
 
 
 def write(source: Path, target: Path, plan: PruningPlan, order: Tensor | None) -> None:
-    """Fills the folder `target` from the checkpoint `source`. Weights that stay as they are become
-    hard links where the file system has them. order: (L, I) of the FFN neurons, None: as they are.
+    """Fills the folder `target` from the checkpoint `source`, none of whose files it shares.
+    order: (L, I) of the FFN neurons, None: as they are.
 
     Raises BadInput where the weights are not all there under their usual names.
     """
@@ -33,10 +32,7 @@ def write(source: Path, target: Path, plan: PruningPlan, order: Tensor | None) -
     for file in source.iterdir():
         if not file.is_file() or file.name == "config.json" or _left_out(file, weights, order):
             continue
-        if file in weights:
-            if order is None:
-                _link(file, target / file.name)
-        elif not (target / file.name).exists():
+        if file not in weights or order is None:
             shutil.copy2(file, target / file.name)
     if order is not None:
         changed = sum(_rewrite(file, target / file.name, order) for file in weights)
@@ -65,17 +61,6 @@ def _left_out(file: Path, weights: list[Path], order: Tensor | None) -> bool:
     return file.match("*.bin") or (file.match("*.safetensors") and file.name != FILE)
 
 
-def _link(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    if source.suffix != ".safetensors":  # torch.save would write through a link, onto the source
-        shutil.copy2(source, target)
-        return
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copy2(source, target)
-
-
 def _rewrite(source: Path, target: Path, order: Tensor) -> int:
     """Writes a weight file with the neurons in that order; how many tensors changed."""
     if source.suffix == ".safetensors":
@@ -83,12 +68,10 @@ def _rewrite(source: Path, target: Path, order: Tensor) -> int:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         tensors, changed = permute_tensors(tensors, order)
-        target.unlink(missing_ok=True)  # it may be a link to the source
         save_file(tensors, target, metadata=metadata)
         shutil.copymode(source, target)
         return changed
     tensors = torch.load(source, map_location="cpu", weights_only=True)
     tensors, changed = permute_tensors(tensors, order)
-    target.unlink(missing_ok=True)
     torch.save(tensors, target)
     return changed

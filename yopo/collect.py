@@ -54,7 +54,7 @@ def collect(
     model_mark = fingerprint(model)
     total = len(samples) if hasattr(samples, "__len__") else None
     total = min((count for count in (total, limit) if count is not None), default=None)
-    saved_at = time.monotonic()
+    saved_at = 0.0
     with torch.no_grad(), under(model, None):
         stack = stack_of(model)
         sizes = stack.config.num_attention_heads, stack.config.intermediate_size
@@ -75,7 +75,10 @@ def collect(
                             "give the same samples in the same order, or start anew"
                         )
                     continue
-                one = _measure(model, stack, inputs, norms, digest, model_mark, influence)
+                try:
+                    one = _measure(model, stack, inputs, norms, digest, model_mark, influence)
+                except ValueError as error:
+                    raise ValueError(f"sample {index} (the first is 0): {error}") from error
                 found = found.then(one)
                 if path is not None and time.monotonic() - saved_at > SAVE_SECONDS:
                     found.save(path)
@@ -99,16 +102,16 @@ def _measure(
 ) -> Statistics:
     """Statistics of one sample; `model` runs under a plan that prunes nothing. norms: as
     `_column_norms` of its stack."""
-    watch = _Watch(stack, digest, norms)
+    watch = _Watch(stack, norms)
     with watch:
         logits = model(**inputs, use_cache=False).logits[0, -1]
     if not bool(logits.isfinite().all()):
         raise ValueError(
-            f"sample {digest}: the dense model's logits are not finite. Look at its weights and "
-            "dtype (float16 overflows in some models: try bfloat16 or float32)"
+            "the dense model's logits are not finite. Look at its weights and dtype (float16 "
+            "overflows in some models: try bfloat16 or float32)"
         )
     if not watch.ratios:
-        raise ValueError(f"sample {digest} shows no image: calibrating takes prompts with one")
+        raise ValueError("it shows no image: calibrating takes prompts with one")
     moved = [float("nan")] * len(stack.layers)
     if influence:
         head = model.get_output_embeddings()
@@ -151,8 +154,8 @@ class _Watch:
     Afterwards, one entry for each layer: ratios, visual_mass (H,); text_share (2, H); ffn_use (I,).
     """
 
-    def __init__(self, stack: nn.Module, digest: str, norms: list[Tensor]) -> None:
-        self._stack, self._digest, self._norms = stack, digest, norms
+    def __init__(self, stack: nn.Module, norms: list[Tensor]) -> None:
+        self._stack, self._norms = stack, norms
         self.ratios: list[Tensor] = []
         self.visual_mass: list[Tensor] = []
         self.text_share: list[Tensor] = []
@@ -196,7 +199,7 @@ class _Watch:
         n_visual = len(visual_at)
         behind = text_at > visual_at[0]  # the text queries with an image before them
         if not bool(behind.any()):
-            raise ValueError(f"sample {self._digest} has no text after the image: nothing is asked")
+            raise ValueError("it has no text after the image: nothing is asked")
         keys = store.keys[0]
         of_text, of_visual = (
             shares(rows, at, keys, keys_at, n_visual, p.scale).double()

@@ -53,7 +53,7 @@ def references(
     `answer_tokens` greedy tokens are."""
     made = []
     with under(model, None):
-        for sample in samples:
+        for index, sample in enumerate(samples):
             inputs = prompt_of(sample)
             answer = sample.get(ANSWER)
             if answer is None:
@@ -65,6 +65,11 @@ def references(
             longer = with_answer(model, inputs, answer[:, :-1])
             out = model(**longer, use_cache=True)
             dense = out.logits[0, -answer.shape[1] :].float().log_softmax(-1)
+            if not isinstance(out.past_key_values, VisualCache):
+                raise ValueError(
+                    f"sample {index} (the first is 0) shows no image: calibrating takes prompts "
+                    "with one"
+                )
             prompt = _prompt(out.past_key_values, answer.shape[1] - 1)
             made.append(Reference(longer, answer, dense.cpu(), prompt))
     return made
@@ -105,10 +110,8 @@ def _greedy(model: nn.Module, inputs: dict[str, Any], limit: int) -> Tensor:
     return made.sequences[:, -len(made.scores) :]
 
 
-def _prompt(cache: Any, answered: int) -> Prompt:
+def _prompt(cache: VisualCache, answered: int) -> Prompt:
     """Where the image is in the sequence in `cache`, its last `answered` tokens left out."""
-    if not isinstance(cache, VisualCache):
-        raise ValueError("a sample shows no image: calibrating takes prompts with one")
     visual = cache.layout.visual[0]
     n = len(visual) - answered
     before = int(visual.int().argmax())

@@ -91,7 +91,12 @@ def named_plan(
             keep[layer, torch.randperm(heads, generator=generator)[: heads // ratio]] = True
         return PruningPlan(keep, window=5, layer_cut=cut, ffn_ratio=ratio, **masses)
     if Path(name).is_file():
-        content = json.loads(Path(name).read_text(encoding="utf-8"))
+        try:
+            content = json.loads(Path(name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"--plan: {name} is not JSON, perhaps cut off: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"--plan: {name} holds no JSON object")
         config = content if "num_hidden_layers" in content else _config(shape, content)
         plan = PruningPlan.from_config(config)
         if plan is None:

@@ -5,7 +5,7 @@ is `visual_ratio`; `released_head_keep` lets many samples vote.
 """
 
 from collections.abc import Iterable
-from math import floor
+from math import floor, isfinite
 
 import torch
 from torch import Tensor
@@ -42,7 +42,11 @@ def released_head_keep(
     vote: a head stays if more than this share of the samples vote for it; released: 40 of 100.
     keep_first: this many first layers keep all their heads; released: 2.
     Returns (layers, heads) bool, true where the head is kept.
+
+    Raises ValueError for an alpha that is no finite number.
     """
+    if not isfinite(alpha):
+        raise ValueError(f"alpha is {alpha}; allowed: finite numbers")
     keep = (ratios > alpha).sum(dim=0) >= _votes_to_stay(len(ratios), vote)
     keep[:keep_first] = True
     return keep

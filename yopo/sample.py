@@ -1,13 +1,14 @@
 """A sample: the inputs of a model for one prompt, and perhaps its answer. What may be in it, and
 the two put together. Knows of no files (questions.py) and runs no model.
 
-A sample is a dict of what `model(**inputs)` takes for a batch of one: `input_ids` and `images` for
-LLaVA; `inputs_embeds` and `visual_mask` (and `visual_grids`) for a bare language model. Its entry
-`answer_ids` (1, m), token ids that should follow, is no input.
+A sample is a dict (or a processor's BatchFeature) of what `model(**inputs)` takes for a batch of
+one: `input_ids` and `images` for LLaVA; `inputs_embeds` and `visual_mask` (and `visual_grids`) for
+a bare language model. Its entry `answer_ids` (1, m), token ids that should follow, is no input.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from torch.nn import functional as F
 ANSWER = "answer_ids"
 
 
-def prompt_of(sample: dict[str, Any]) -> dict[str, Any]:
+def prompt_of(sample: Mapping[str, Any]) -> dict[str, Any]:
     """The model's inputs without the answer. Raises ValueError where `sample` is no sample."""
-    if not isinstance(sample, dict) or not {"input_ids", "inputs_embeds"} & sample.keys():
-        got = sorted(sample) if isinstance(sample, dict) else type(sample).__name__
+    mapping = isinstance(sample, Mapping)  # a processor's BatchFeature is no dict
+    if not mapping or not {"input_ids", "inputs_embeds"} & set(sample):
+        got = sorted(sample) if mapping else type(sample).__name__
         raise ValueError(
             f"a sample is a dict of model inputs with input_ids or inputs_embeds, got {got}"
         )

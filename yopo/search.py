@@ -8,7 +8,7 @@ No randomness: the same model, samples and budget give the same plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,17 +79,17 @@ class Found:
         return front
 
 
-def split(samples: Sequence[Any], every: int = 4) -> tuple[list[Any], list[Any]]:
-    """(for statistics, held out): every fourth sample, the last of each four, is held out."""
-    held_out = list(samples[every - 1 :: every])
-    if not held_out:
-        raise ValueError(f"{len(samples)} samples: a search holds every {every}th out; give more")
-    return [s for i, s in enumerate(samples) if i % every != every - 1], held_out
+def split(samples: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """(for statistics, held out): every second sample is held out. Fewer would do for statistics
+    of the rest, but the search chooses by the few that are, and what it finds is best for these."""
+    if len(samples) < 2:
+        raise ValueError(f"{len(samples)} samples: a search holds every second out; give more")
+    return list(samples[::2]), list(samples[1::2])
 
 
 def search(
     model: nn.Module,
-    held_out: Sequence[dict[str, Any]],
+    held_out: Iterable[dict[str, Any]],
     budget: float,
     statistics: Statistics,
     *,
@@ -111,6 +111,7 @@ def search(
     Raises ValueError for a budget that no plan it makes reaches, with the least that one does.
     """
     statistics.check(model)
+    held_out = list(held_out)
     if not 0 < budget <= 1:
         raise ValueError(f"budget is {budget!r}; allowed: above 0, to 1 (all visual FLOPs)")
     if evaluations < 1 or (known is None and not len(held_out)):
@@ -130,7 +131,7 @@ def search(
 
     point = maker.hand_made()
     trials.run("hand-made", maker.plan(point, even=True))
-    for plan in start:
+    for plan in start[: max(0, evaluations - 1)]:
         plan = replace(plan, **masses)
         if cost.share(plan) > budget:
             raise ValueError(
@@ -156,6 +157,8 @@ def search(
 
 def _descend(point: Point, maker: _Maker, trials: _Trials) -> Point:
     """Where no move from `point`, or from like points with other layer cuts, helps any more."""
+    if trials.left < 1:
+        return point
     best = trials.run("FFN fills the budget", maker.plan(point))
     for quarters in (1, 3, 4):
         cut = max(1, maker.layers * quarters // 4)
@@ -285,8 +288,8 @@ class _Maker:
             masses = f"{least.head_mass}/{least.cut_mass}"
             raise ValueError(
                 f"budget is {self._budget:g}, which no plan with mass {masses} of the search "
-                f"reaches (one head of one layer, window 5): its least is {share:.4f} of "
-                "the visual FLOPs. Give more"
+                f"reaches (it starts from window 5, at the least one head of one layer): its least "
+                f"is {share:.4f} of the visual FLOPs. Give more"
                 + ("; drop and calibrated take less" if "exact" in masses else "")
             )
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-FORMAT = "2"
+FORMAT = "3"
 # float64 holds sums: adding samples one by one, with or without a break, gives the same bits.
 _DTYPES = {"ffn_use": torch.float64, "text_tokens": torch.int64, "visual_tokens": torch.int64}
 
@@ -136,26 +136,33 @@ _STACKED = tuple(
 )
 
 
+_LOOKED_AT = 4096  # numbers of each parameter, or a few more
+
+
 def fingerprint(model: nn.Module) -> str:
     """Which model it is: "LxHxKVxI-" of its language model and a hash over some of its weights.
 
-    Over the first rows and columns of every matrix of its layers that is in plain floating point,
-    as float32: a model has the same one in a wider type. FFN neurons in another order change it.
-    Embeddings, tower and projector are not looked at.
+    Over some of every parameter that is in plain floating point, tower, projector and embeddings
+    too, as float32: a model has the same one in a wider type. FFN neurons in another order change
+    it; adapters do once they change what the model computes.
     """
-    from .trial import stack_of  # not at the top: statistics can be read without transformers
+    from .attach import Parts  # not at the top: statistics can be read without transformers
 
-    stack = stack_of(model)
-    config = stack.config
+    parts = Parts.of(model)
+    config = parts.stack.config
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     sizes = (config.num_hidden_layers, heads, kv_heads, config.intermediate_size)
     digest = hashlib.sha256()
-    for name, weight in sorted(stack.layers.named_parameters()):
-        if weight.is_meta or not weight.is_floating_point() or "lora_" in name:
+    weights = [(name.replace(".base_layer", ""), p) for name, p in parts.outer.named_parameters()]
+    adapted = any("lora_B" in name and bool(p.any()) for name, p in weights)
+    for name, weight in sorted(weights, key=lambda pair: pair[0]):
+        if weight.is_meta or not weight.is_floating_point() or ("lora_" in name and not adapted):
             continue
-        for some in (weight[:8], weight[:, :8]) if weight.dim() == 2 else (weight,):
-            digest.update(some.detach().float().cpu().contiguous().numpy().tobytes())
+        flat = weight.detach().flatten()
+        # Odd, so that it meets every column of a matrix whose width is a power of 2.
+        step = flat.numel() // _LOOKED_AT | 1
+        digest.update(flat[::step].float().cpu().numpy().tobytes())
     return "x".join(map(str, sizes)) + "-" + digest.hexdigest()[:32]
 
 
