@@ -3,7 +3,8 @@
     python benchmarks/run.py table   --layers 8 --dtype bfloat16    # benchmarks/table.jsonl, .md
     python benchmarks/run.py scaling --layers 2 --dtype bfloat16    # benchmarks/scaling.jsonl, .png
 
-A configuration that stands in the .jsonl already is not run again: delete its line for that.
+With --device cuda the files are table-cuda.jsonl and so on. A configuration that stands in the
+.jsonl already is not run again: delete its line for that.
 """
 
 from __future__ import annotations
@@ -35,19 +36,22 @@ SCALING = [(images, 1) for images in (1, 2, 4, 8)] + [(1, batch) for batch in (2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("table", "scaling"))
+    parser.add_argument("--device", default="cpu")
     args, shared = parser.parse_known_args()  # the rest is bench's
+    shared += ["--device", args.device]
+    place = "" if args.device == "cpu" else f"-{args.device.partition(':')[0]}"
     if args.what == "table":
         runs = []
         for plan, mass, batch, aim in TABLE:
             arms = "sdpa,eager,masked,yopo" if (plan, mass, batch) == EVERY_ARM else "sdpa,yopo"
             words = ["--plan", plan, "--mass", mass, "--batch", str(batch), "--arms", arms]
             runs.append((words, aim))
-        results = _run(runs, shared, HERE / "table.jsonl")
-        (HERE / "table.md").write_text(_markdown(results), encoding="utf-8")
+        results = _run(runs, shared, HERE / f"table{place}.jsonl")
+        (HERE / f"table{place}.md").write_text(_markdown(results), encoding="utf-8")
     else:
         runs = [(["--images", str(i), "--batch", str(b)], None) for i, b in SCALING]
         arguments = ["--arms", "sdpa,yopo", "--steps", "0", "--rounds", "3", *shared]
-        _plot(_run(runs, arguments, HERE / "scaling.jsonl"))
+        _plot(_run(runs, arguments, HERE / f"scaling{place}.jsonl"), HERE / f"scaling{place}.png")
 
 
 def _run(runs: list[Any], shared: list[str], file: Path) -> list[dict[str, Any]]:
@@ -73,19 +77,19 @@ def _markdown(results: list[dict[str, Any]]) -> str:
     rows = []
     for line in results:
         ideal, ratio = line["prefill_ideal_ratio"], line["prefill_ratio_vs_sdpa"]
+        rooflines = (line["prefill_roofline_fraction"], line["sdpa_roofline_fraction"])
         rows.append(
             {
                 "plan": line["plan"],
-                "mass": line["mass"] if line["plan"] != "none" else "",
+                "mass": line["mass"] or "",
                 "batch": line["batch"],
-                "prefill × SDPA": f"{ratio:.2f}",
+                "prefill × SDPA": _fixed(ratio, ".2f"),
                 "ideal": f"{ideal:.2f}",
-                "of the ideal": f"{ratio / ideal:.0%}",
-                "roofline: yopo / SDPA": f"{line['prefill_roofline_fraction']:.0%} / "
-                f"{line['sdpa_roofline_fraction']:.0%}",
+                "of the ideal": _fixed(ratio and ratio / ideal, ".0%"),
+                "roofline: yopo / SDPA": " / ".join(_fixed(x, ".0%") for x in rooflines),
                 "aim": line["aim"] or "",
-                "decode × SDPA": f"{line['decode_ratio_vs_sdpa']:.2f}",
-                "visual KV": f"{line['kv_visual_fraction']:.1%}",
+                "decode × SDPA": _fixed(line["decode_ratio_vs_sdpa"], ".2f"),
+                "visual KV": _fixed(line["kv_visual_fraction"], ".1%"),
                 "SDPA s (min–max)": _seconds(line, "stock SDPA"),
                 "yopo s (min–max)": _seconds(line, "yopo"),
             }
@@ -95,12 +99,18 @@ def _markdown(results: list[dict[str, Any]]) -> str:
     return f"{first['preset']}, {first['layers']} layers; {first['device']}\n\n{table}\n"
 
 
+def _fixed(value: float | None, spec: str) -> str:
+    return "–" if value is None else format(value, spec)
+
+
 def _seconds(line: dict[str, Any], arm: str) -> str:
+    if line["prefill_median_s"][arm] is None:
+        return line["failed"][arm]
     low, high = line["prefill_spread_s"][arm]
     return f"{line['prefill_median_s'][arm]:.2f} ({low:.2f}–{high:.2f})"
 
 
-def _plot(results: list[dict[str, Any]]) -> None:
+def _plot(results: list[dict[str, Any]], file: Path) -> None:
     """Prefill time against the number of images, and against the batch."""
     import matplotlib
 
@@ -122,7 +132,7 @@ def _plot(results: list[dict[str, Any]]) -> None:
         f"plan {results[0]['plan']}, {results[0]['mass']}; {results[0]['device']}", fontsize=8
     )
     figure.tight_layout()
-    figure.savefig(HERE / "scaling.png", dpi=150)
+    figure.savefig(file, dpi=150)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import yopo.bench
+import yopo.bench_memory
 from yopo import cli
 from yopo._compat import attention_is_switchable
 from yopo.bench_report import Arm, table
 from yopo.modeling_llama_prune import LlamaModel, PrunedModelMixin
 from yopo.presets import PRESETS, Shape, named_plan
 
+SIZES = ("num_hidden_layers", "num_attention_heads", "intermediate_size")
 TINY = Shape(64, 96, 4, 4, 2, 128, (6, 4))
 
 
@@ -61,12 +64,78 @@ def test_visual_keys_and_values_kept_are_those_of_the_plan(
     assert result["kv_visual_fraction"] == fraction
 
 
+# Key heads read: both, then one, then none in two layers; exact mass takes the keys of the others.
+@pytest.mark.parametrize(("mass", "fraction"), [("drop", 6 / 16), ("exact", 11 / 16)])
+def test_of_shared_key_heads_the_visual_share_is_what_the_cache_holds(
+    capsys: pytest.CaptureFixture[str], mass: str, fraction: float
+) -> None:
+    assert run(capsys, "--mass", mass, "--arms", "yopo")["kv_visual_fraction"] == fraction
+
+
+def test_a_plan_for_all_layers_is_thinned_out_for_some(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    named_plan("25", TINY, "exact", "drop").save_to(
+        config := dict.fromkeys(SIZES, 4) | {"intermediate_size": 96}
+    )
+    (tmp_path / "plan.json").write_text(json.dumps(config["yopo"]))
+    words = ["--plan", str(tmp_path / "plan.json"), "--arms", "yopo", "--layers", "2"]
+    assert run(capsys, *words)["layers"] == 2
+
+
+def test_arms_whose_scores_do_not_fit_are_left_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory is overcommitted nothing would be raised: the process would be killed."""
+    monkeypatch.setattr(yopo.bench, "square_bytes", lambda *_: 2**50)
+    result = run(capsys)
+    assert "out of memory: needs about" in result["failed"]["masked simulation"]
+    assert "stock eager" in result["failed"]
+    assert result["prefill_ratio_vs_sdpa"] > 0 and len(result["failed"]) == 2
+
+
+def test_peaks_do_not_depend_on_who_ran_before(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a plan both arms run the same code, and take the same memory."""
+    monkeypatch.setitem(PRESETS, "tiny", Shape(512, 2048, 2, 4, 4, 128, (24, 24)))
+    peaks = run(capsys, "--plan", "none", "--batch", "4", "--arms", "yopo")["peak_bytes"]
+    assert peaks["stock SDPA"] > 2**24
+    assert peaks["yopo"] == pytest.approx(peaks["stock SDPA"], rel=0.01)
+
+
+def test_the_peak_is_of_what_is_held_at_once() -> None:
+    def work() -> int:
+        first = torch.zeros(1000, 100)
+        second = torch.zeros(3000, 100)
+        del first
+        return int(torch.zeros(500, 100).sum() + second.sum())
+
+    peak, result = yopo.bench_memory.peak_of(work, torch.device("cpu"))
+    assert result == 0 and 1_600_000 <= peak < 1_610_000
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("CUDA out of memory. Tried to allocate 2 GiB", True),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_which_errors_are_of_memory(message: str, expected: bool) -> None:
+    assert yopo.bench_memory.is_out_of_memory(RuntimeError(message)) == expected
+    assert not yopo.bench_memory.is_out_of_memory(ValueError("out of memory"))
+
+
 @pytest.mark.parametrize(("words", "mass"), [([], "exact/drop"), (["--mass", "exact"], "exact")])
 def test_masses_of_a_plan_from_a_file_hold_unless_told_otherwise(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], mass: str
 ) -> None:
-    config = {"num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
-    named_plan("25", TINY, "exact", "drop").save_to(config)
+    named_plan("25", TINY, "exact", "drop").save_to(
+        config := dict.fromkeys(SIZES, 4) | {"intermediate_size": 96}
+    )
     (tmp_path / "plan.json").write_text(json.dumps(config))
     words = ["--plan", str(tmp_path / "plan.json"), "--arms", "yopo", "--steps", "0", *words]
     assert run(capsys, *words)["mass"] == mass
@@ -135,6 +204,12 @@ def test_an_error_that_is_not_memory_is_not_hidden(monkeypatch: pytest.MonkeyPat
         (["--batch", "0"], "--batch is 0"),
         (["--text-tokens", "1"], "--text-tokens is 1"),
         (["--arms", "sdpa,flash"], "flash"),
+        (["--threads", "0"], "--threads is 0"),
+        (["--device", "meta"], "--device is 'meta'; allowed: cpu"),
+        (["--plan", "none", "--mass", "some"], "--mass is 'some'"),
+        (["--grid", "4"], "--grid is '4'"),
+        (["--out", __file__], "cannot be made"),
+        (["--plan", __file__], "is not JSON"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -149,7 +224,7 @@ def test_shapes_that_do_not_fit_say_what_would(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = type("Memory", (), {"available": 2 * 2**30})
-    monkeypatch.setattr(yopo.bench.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(yopo.bench_memory.psutil, "virtual_memory", lambda: free)
     assert cli.main(["bench", "--preset", "llava-1.5-7b"]) == 2
     assert "--layers 3 would" in capsys.readouterr().err
 
@@ -157,6 +232,7 @@ def test_shapes_that_do_not_fit_say_what_would(
 def test_table_leaves_out_what_was_not_measured() -> None:
     failed = Arm("stock SDPA", lambda: None, failed="out of memory")
     done = Arm("yopo", lambda: None, prefill_s=[1.0, 3.0, 2.0])
-    lines = table([failed, done]).splitlines()
+    result = {"prefill_ideal_ratio": 3.0, "kv_visual_fraction": None, "prefill_floor_s": {}}
+    lines = table([failed, done], result).splitlines()
     assert "out of memory" in lines[2]
     assert "2.000" in lines[3] and "1.000–3.000" in lines[3]

@@ -36,7 +36,7 @@ def test_published_mask_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("YOPO_HEADMASK_DIR", str(tmp_path))
     whole = named_plan("7b_16", SHAPE)
     assert torch.equal(whole.head_keep, torch.from_numpy(keep))
-    part = named_plan("7b_16", replace(SHAPE, num_hidden_layers=8))
+    part = named_plan("7b_16", replace(SHAPE, num_hidden_layers=8), whole=32)
     assert torch.equal(part.head_keep[:4], torch.from_numpy(keep[[0, 4, 8, 12]]))
     with pytest.raises(ValueError, match="head_keep has shape"):
         named_plan("7b_16", PRESETS["llava-1.5-13b"])

@@ -1,6 +1,9 @@
 """`python -m yopo bench`: prefill and decode of random-weight models at real shapes, ours against
 stock transformers with SDPA and with eager attention, and against the masked simulation.
 
+The model has the preset's sizes and Llama's layers: biases, rotary angles in three dimensions and
+fused projections of other families, which cost next to nothing, are left out.
+
 All arms run on the same weights in the same process, one after the other in each round, so that a
 machine that speeds up or slows down does so for all. Reported are medians, and next to them what
 was to be expected: the ideal ratio (counted FLOPs) and the roofline floor (FLOPs at the GEMM rate,
@@ -10,16 +13,15 @@ or weight bytes at the bandwidth, measured in the same run, whichever is longer 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import inspect
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from torch import Tensor, nn
@@ -28,15 +30,26 @@ from tqdm import tqdm
 from . import attach
 from . import modeling_llama_prune as prune
 from ._compat import attention_is_switchable, exchange_class, read_stock_cache
+from .bench_memory import (
+    fixed_bytes,
+    free_bytes,
+    is_out_of_memory,
+    layer_bytes,
+    peak_of,
+    square_bytes,
+)
 from .bench_report import Arm, Probe, machine, result_of, save, table, timed
+from .cache import VisualCache
 from .cli import BadInput
+from .count_setting import grids_of, some_layers
 from .flops import Prompt
 from .layout import VisualLayout
-from .plan import MASSES, PruningPlan
+from .plan import MASSES, PruningPlan, split_masses
 from .presets import PRESETS, Shape, named_plan, with_masses
 from .simulation import simulate
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ARMS = ("sdpa", "eager", "masked", "yopo")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--images", type=int, default=1, help="in each row of the batch")
+    parser.add_argument(
+        "--grid",
+        metavar="RxC[,RxC…]",
+        help="visual tokens of an image, rows x columns; several for one of several views "
+        "(default: the preset's)",
+    )
     parser.add_argument("--text-tokens", type=int, default=60)
     parser.add_argument("--plan", default="25", help="25, 12, 7b_16 …, none, or a JSON file")
     parser.add_argument(
@@ -57,106 +76,135 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=8, help="decode steps; 0: none")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds of all arms")
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
-    parser.add_argument(
-        "--arms", default="sdpa,eager,masked,yopo", help="which to run; sdpa and yopo always"
-    )
+    parser.add_argument("--arms", default=",".join(ARMS), help="which to run; sdpa and yopo always")
     parser.add_argument("--out", type=Path, help="folder for results.csv and results.png")
     parser.set_defaults(command=bench)
 
 
 def bench(args: argparse.Namespace) -> int:
     """Runs the benchmark. Raises BadInput before any heavy work where something is wrong."""
-    shape, plan, device, dtype = _checked(args)
-    if args.threads:
+    shape, plan, run = _checked(args)
+    device, dtype = run.device, run.dtype
+    if args.threads is not None:
         torch.set_num_threads(args.threads)
     prompt = _prompt(args, shape)
-    _check_memory(shape, prompt, args.batch, dtype, device)
+    _check_memory(args, shape, prompt, run)
     tqdm.write(machine(device, dtype))
-    model = _random_model(shape, dtype, device)
-    case = _case(prompt, args.batch, shape, dtype, device)
+    try:
+        model = _random_model(shape, dtype, device)
+        case = _case(prompt, args.batch, shape, dtype, device)
+        probe = Probe(shape, dtype, device, prompt, args.batch)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise BadInput(f"out of memory on {device} for the model alone: lower --layers") from error
     arms = _arms(args, model, plan, case)
-    probe = Probe(shape, dtype, device, prompt, args.batch)
-    for _ in tqdm(range(args.rounds + 1), desc="rounds (the first is not counted)"):
-        first = not arms[0].prefill_s and not arms[0].failed and not arms[0].peak_bytes
+    _refuse_square(args, shape, case, arms)
+    for number in tqdm(range(args.rounds + 1), desc="rounds (the first is not counted)"):
         for arm in arms:
-            _run(arm, args.steps, device, counted=not first)
+            _run(arm, args.steps, device, counted=number > 0)
         probe.run()
     result = result_of(args, shape, prompt, plan, arms, probe.rates(), dtype)
-    print(table(arms))
-    if args.out:
-        save(args.out, arms, result)
-    print(json.dumps(result))
+    print(table(arms, result))
+    try:
+        if args.out:
+            save(args.out, arms, result)
+    except OSError as error:
+        raise BadInput(f"--out {args.out} cannot be written: {error}") from error
+    finally:  # hours of work are not lost to a full disk
+        print(json.dumps(result))
     return 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and in which precision all arms run."""
+
+    device: torch.device
+    dtype: torch.dtype
 
 
 # ------------------------------------------------------------------------------------------ input
 
 
-def _checked(
-    args: argparse.Namespace,
-) -> tuple[Shape, PruningPlan | None, torch.device, torch.dtype]:
-    if args.preset not in PRESETS:
-        raise BadInput(f"--preset is {args.preset!r}; allowed: {', '.join(PRESETS)}")
-    shape = PRESETS[args.preset]
-    layers = shape.num_hidden_layers if args.layers is None else args.layers
-    if not 1 <= layers <= shape.num_hidden_layers:
-        raise BadInput(
-            f"--layers is {layers}; {args.preset} has {shape.num_hidden_layers}: allowed are 1 to "
-            f"{shape.num_hidden_layers}"
-        )
-    shape = replace(shape, num_hidden_layers=layers)
+def _checked(args: argparse.Namespace) -> tuple[Shape, PruningPlan | None, Run]:
+    shape, whole = some_layers(args.preset, args.layers), PRESETS[args.preset].num_hidden_layers
     if args.dtype not in DTYPES:
         raise BadInput(f"--dtype is {args.dtype!r}; allowed: {', '.join(DTYPES)}")
-    for name, low in (("batch", 1), ("images", 1), ("text_tokens", 2), ("rounds", 1), ("steps", 0)):
-        if getattr(args, name) < low:
-            raise BadInput(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}; allowed: {low} and more"
-            )
+    least = {"batch": 1, "images": 1, "text_tokens": 2, "rounds": 1, "steps": 0, "threads": 1}
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise BadInput(f"--{name.replace('_', '-')} is {value}; allowed: {low} and more")
+    if unknown := set(args.arms.split(",")) - {*ARMS}:
+        raise BadInput(f"--arms names {sorted(unknown)}; allowed: {', '.join(ARMS)}")
     try:
         device = torch.device(args.device)
+        if device.type not in ("cpu", "cuda"):
+            raise BadInput(f"--device is {args.device!r}; allowed: cpu, cuda, cuda:N")
         torch.zeros(1, device=device, dtype=DTYPES[args.dtype])
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"--device {args.device} cannot be used here: {reason}") from error
-    if args.plan == "none":
-        return shape, None, device, DTYPES[args.dtype]
+    _check_output(args.out)
+    run = Run(device, DTYPES[args.dtype])
     try:
-        plan = named_plan(args.plan, shape, "drop")
+        if args.mass is not None:
+            split_masses(args.mass, "--mass")
+        if args.plan == "none":
+            return shape, None, run
+        plan = named_plan(args.plan, shape, "drop", whole=whole)
         if args.mass is not None:
             plan = with_masses(plan, args.mass)
     except (ValueError, OSError) as error:
         raise BadInput(str(error)) from error
-    return shape, plan, device, DTYPES[args.dtype]
+    return shape, replace(plan, ffn_order=None), run  # random weights are in any order
+
+
+def _check_output(out: Path | None) -> None:
+    """Raises BadInput where the table or the files could not be written at the end."""
+    needed = ("tabulate",) if out is None else ("tabulate", "matplotlib")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise BadInput(f"{', '.join(missing)} is missing: pip install {' '.join(missing)}")
+    try:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out} cannot be made: {error}") from error
 
 
 def _prompt(args: argparse.Namespace, shape: Shape) -> Prompt:
-    return Prompt.around((shape.grid,) * args.images, args.text_tokens)
+    grids = grids_of(args.grid) if args.grid else (shape.grid,)
+    return Prompt.around(grids * args.images, args.text_tokens)
 
 
-def _check_memory(
-    shape: Shape, prompt: Prompt, batch: int, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Raises BadInput where weights and the arms' own needs exceed the free memory."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
-    layer = shape.layer_weights * dtype.itemsize
-    n = prompt.text + prompt.visual
-    # Activations of one layer at once, the widest being the FFN's; the cache of all layers.
-    activations = batch * n * (3 * shape.intermediate_size + 8 * shape.hidden_size) * dtype.itemsize
-    cache = 2 * batch * n * shape.num_key_value_heads * shape.head_dim * dtype.itemsize
-    fixed = 2 * shape.vocab_size * shape.hidden_size * dtype.itemsize + activations
-    needed = fixed + shape.num_hidden_layers * (layer + cache)
+def _check_memory(args: argparse.Namespace, shape: Shape, prompt: Prompt, run: Run) -> None:
+    """Raises BadInput where the model and what every arm needs exceed the free memory."""
+    free = free_bytes(run.device)
+    fixed, layer = (f(shape, prompt, args.batch, run.dtype) for f in (fixed_bytes, layer_bytes))
+    needed = fixed + shape.num_hidden_layers * layer
     if needed > free:
-        fits = int((free - fixed) // (layer + cache))
+        fits = int((free - fixed) // layer)
         advice = (
             f"--layers {fits} would" if fits >= 1 else "no number of layers would: lower --batch"
         )
         raise BadInput(
             f"{shape.num_hidden_layers} layers need about {needed / 2**30:.1f} GiB, and "
-            f"{free / 2**30:.1f} GiB are free on {device}; {advice}"
+            f"{free / 2**30:.1f} GiB are free on {run.device}; {advice}"
         )
+
+
+def _refuse_square(args: argparse.Namespace, shape: Shape, case: Case, arms: list[Arm]) -> None:
+    """Leaves out the arms whose n × n scores do not fit beside the model: an operating system that
+    overcommits would kill the whole benchmark instead of saying so."""
+    device, dtype = case.embeds.device, case.embeds.dtype
+    square = square_bytes(shape, case.prompt, args.batch, dtype)
+    cache = shape.num_hidden_layers * layer_bytes(shape, case.prompt, args.batch, dtype)
+    cache -= shape.num_hidden_layers * shape.layer_weights * dtype.itemsize
+    needed, free = square + cache, free_bytes(device)
+    for arm in arms:
+        if arm.square and not arm.failed and needed > free:
+            arm.failed = f"out of memory: needs about {needed / 2**30:.0f} GiB"
 
 
 # ------------------------------------------------------------------------------------------- arms
@@ -176,12 +224,12 @@ def _random_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> Any
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with _no_init():
+        with _no_init(), device:
             model = transformers.LlamaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(default)
     # A repeated block of random numbers: as good as fresh ones for timing, and there at once.
-    block = torch.randn(1 << 20, dtype=torch.float32) * 0.02
+    block = torch.randn(1 << 20, dtype=torch.float32, device=device) * 0.02
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -190,7 +238,7 @@ def _random_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> Any
             flat = parameter.view(-1)
             for start in range(0, len(flat), len(block)):
                 flat[start : start + len(block)] = block[: len(flat) - start]
-    return model.to(device)
+    return model
 
 
 @contextmanager
@@ -211,6 +259,7 @@ def _no_init() -> Iterator[None]:
 class Case:
     """What every arm is given: embeddings (B, n, d), and where the visual tokens are."""
 
+    prompt: Prompt
     embeds: Tensor
     layout: VisualLayout
 
@@ -219,12 +268,9 @@ def _case(
     prompt: Prompt, batch: int, shape: Shape, dtype: torch.dtype, device: torch.device
 ) -> Case:
     n = prompt.text + prompt.visual
-    mask = torch.zeros(batch, n, dtype=torch.bool)
-    mask[:, prompt.text_before : prompt.text_before + prompt.visual] = True
-    layout = VisualLayout.from_mask(mask, [prompt.grids] * batch)
     generator = torch.Generator().manual_seed(0)
     embeds = torch.randn(batch, n, shape.hidden_size, generator=generator)
-    return Case(embeds.to(device, dtype), layout)
+    return Case(prompt, embeds.to(device, dtype), prompt.layout(batch))
 
 
 def _arms(args: argparse.Namespace, model: Any, plan: PruningPlan | None, case: Case) -> list[Arm]:
@@ -251,6 +297,8 @@ def _arms(args: argparse.Namespace, model: Any, plan: PruningPlan | None, case: 
         model.config._attn_implementation = "sdpa"
         if plan is not None:
             attach.apply(model, plan)
+            for index in range(len(model.model.layers)):  # as after the first image ever
+                model.model._yopo_stack.on(index, case.embeds.device)
         else:  # as the patch alone would have built it
             exchange_class(model, prune.LlamaForCausalLM)
             exchange_class(model.model, prune.LlamaModel)
@@ -264,15 +312,13 @@ def _arms(args: argparse.Namespace, model: Any, plan: PruningPlan | None, case: 
     }  # fmt: skip
     arms = {
         "sdpa": Arm("stock SDPA", prefill, decode, stock("sdpa")),
-        "eager": Arm("stock eager", prefill, decode, stock("eager")),
-        "masked": Arm("masked simulation", masked, None, stock("sdpa")),
+        "eager": Arm("stock eager", prefill, decode, stock("eager"), square=True),
+        "masked": Arm("masked simulation", masked, None, stock("sdpa"), square=True),
         "yopo": Arm("yopo", lambda: prefill(**told), decode, pruned),
     }
     if not attention_is_switchable():
         arms["eager"].failed = "needs transformers 4.48"
     wanted = args.arms.split(",")
-    if unknown := set(wanted) - arms.keys():
-        raise BadInput(f"--arms names {sorted(unknown)}; allowed: {', '.join(arms)}")
     if plan is None or not plan.prune_visual_queries:
         wanted = [name for name in wanted if name != "masked"]
     return [arm for name, arm in arms.items() if name in {*wanted, "sdpa", "yopo"}]
@@ -290,47 +336,25 @@ def _run(arm: Arm, steps: int, device: torch.device, counted: bool) -> None:
         return
     try:
         arm.enter()
-        with _peak(device) as peak:
+        if counted:
             seconds, cache = timed(arm.prefill, device)
-        if not counted:
-            arm.peak_bytes = max(1, peak())
-            arm.cache_bytes = 0 if cache is None else _cache_bytes(cache)
-        else:
             arm.prefill_s.append(seconds)
+        else:
+            arm.peak_bytes, cache = peak_of(arm.prefill, device)
+            arm.cache_bytes = 0 if cache is None else _cache_bytes(cache)
+            if isinstance(cache, VisualCache):
+                arm.visual_bytes = cache.nbytes(visual_only=True)
         if arm.decode is not None:
             for _ in range(steps):
                 seconds, _ = timed(lambda: arm.decode(cache), device)
                 if counted:
                     arm.decode_s.append(seconds)
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+        if not is_out_of_memory(error):
             raise
         arm.failed = "out of memory"
-
-
-@contextmanager
-def _peak(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Yields a function that says by how many bytes memory had grown at most within the block."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        base = torch.cuda.memory_allocated(device)
-        yield lambda: torch.cuda.max_memory_allocated(device) - base
-        return
-    process, done = psutil.Process(), threading.Event()
-    base = most = process.memory_info().rss
-
-    def watch() -> None:
-        nonlocal most
-        while not done.wait(0.005):
-            most = max(most, process.memory_info().rss)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield lambda: most - base
-    finally:
-        done.set()
-        thread.join()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _cache_bytes(cache: Any) -> int:

@@ -26,16 +26,22 @@ from .presets import Shape
 
 @dataclass
 class Arm:
-    """One way to run the model. seconds of each prefill and of each decode step; bytes."""
+    """One way to run the model. seconds of each prefill and of each decode step; bytes.
+
+    square: it forms n × n scores. visual_bytes: of the cache, those of visual tokens; None: all are
+    there. failed: why it gave nothing.
+    """
 
     name: str
     prefill: Callable[[], Any]
     decode: Callable[[Any], None] | None = None
     enter: Callable[[], None] = lambda: None
+    square: bool = False
     prefill_s: list[float] = field(default_factory=list)
     decode_s: list[float] = field(default_factory=list)
     peak_bytes: int = 0
     cache_bytes: int = 0
+    visual_bytes: int | None = None
     failed: str | None = None
 
 
@@ -51,7 +57,8 @@ def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 
 class Probe:
     """Measures what the machine can do, once in each round, next to the arms: a GEMM as wide as the
-    prefill's, and one row times a weight, which is bound by reading it."""
+    prefill's, and reading a weight, by one row times it and by summing it up (the sum, since the
+    product of half precision is slower on some CPUs than their memory)."""
 
     def __init__(
         self, shape: Shape, dtype: torch.dtype, device: torch.device, prompt: Prompt, batch: int
@@ -63,10 +70,14 @@ class Probe:
         self._times: dict[str, list[float]] = {"gemm": [], "read": []}
 
     def run(self) -> None:
-        for name, x in (("gemm", self._wide), ("read", self._wide[:1])):
+        numbers = self._weight.flatten().view(torch.float32)  # whatever they mean
+        for name, work in (
+            ("gemm", lambda: F.linear(self._wide, self._weight)),
+            ("read", lambda: F.linear(self._wide[:1], self._weight)),
+            ("read", numbers.sum),
+        ):
             for _ in range(3):
-                seconds, _ = timed(lambda x=x: F.linear(x, self._weight), self._device)
-                self._times[name].append(seconds)
+                self._times[name].append(timed(work, self._device)[0])
 
     def rates(self) -> tuple[float, float]:
         """(FLOP/s, bytes/s), the best seen: a bound must not come from a slow moment."""
@@ -134,7 +145,7 @@ def result_of(
     }
     heads = shape.num_key_value_heads * shape.head_dim
     token = 2 * args.batch * shape.num_hidden_layers * heads * dtype.itemsize
-    visual = ours.cache_bytes - token * prompt.text
+    visual = token * prompt.visual if ours.visual_bytes is None else ours.visual_bytes
     return {
         "preset": args.preset,
         "layers": shape.num_hidden_layers,
@@ -150,11 +161,13 @@ def result_of(
         "sdpa_roofline_fraction": _fraction(floors, stock),
         "decode_ratio_vs_sdpa": _ratio(stock.decode_s, ours.decode_s),
         "kv_visual_fraction": visual / (token * prompt.visual) if ours.cache_bytes else None,
+        "prefill_floor_s": floors,
         "gemm_tflops": rates[0] / 1e12,
         "weight_read_gbytes": rates[1] / 1e9,
         "prefill_median_s": {arm.name: _median(arm.prefill_s) for arm in arms},
         "prefill_spread_s": {arm.name: _spread(arm.prefill_s) for arm in arms},
         "decode_median_s": {arm.name: _median(arm.decode_s) for arm in arms},
+        "decode_spread_s": {arm.name: _spread(arm.decode_s) for arm in arms},
         "peak_bytes": {arm.name: arm.peak_bytes for arm in arms},
         "cache_bytes": {arm.name: arm.cache_bytes for arm in arms},
         "failed": {arm.name: arm.failed for arm in arms if arm.failed},
@@ -176,34 +189,45 @@ def _spread(values: list[float]) -> list[float] | None:
     return [min(values), max(values)] if values else None
 
 
-def _rows(arms: list[Arm]) -> list[dict[str, Any]]:
+def _rows(arms: list[Arm], result: dict[str, Any]) -> list[dict[str, Any]]:
+    """ideal ×, floor s (both of what must be computed) and visual KV where they are known."""
     stock = arms[0]
+    ideal = {"stock SDPA": 1.0, "yopo": result["prefill_ideal_ratio"]}
+    visual = {"yopo": result["kv_visual_fraction"]}
     rows = []
     for arm in arms:
-        took, step, spread = _median(arm.prefill_s), _median(arm.decode_s), _spread(arm.prefill_s)
+        took, step = _median(arm.prefill_s), _median(arm.decode_s)
         rows.append(
             {
                 "arm": arm.name,
                 "prefill s": arm.failed or f"{took:.3f}",
-                "min–max": "" if spread is None else f"{spread[0]:.3f}–{spread[1]:.3f}",
+                "min–max": _range(arm.prefill_s, 1, ".3f"),
                 "× SDPA": _fixed(_ratio(stock.prefill_s, arm.prefill_s), ".2f"),
+                "ideal ×": _fixed(ideal.get(arm.name), ".2f"),
+                "floor s": _fixed(result["prefill_floor_s"].get(arm.name), ".3f"),
                 "decode ms": _fixed(None if step is None else 1e3 * step, ".1f"),
+                "decode min–max": _range(arm.decode_s, 1e3, ".1f"),
                 "decode × SDPA": _fixed(_ratio(stock.decode_s, arm.decode_s), ".2f"),
-                "peak MiB": _fixed(arm.peak_bytes / 2**20, ".0f"),
+                "peak MiB": _fixed(arm.peak_bytes / 2**20 or None, ".0f"),
                 "cache MiB": _fixed(arm.cache_bytes / 2**20 or None, ".1f"),
+                "visual KV": _fixed(visual.get(arm.name), ".1%"),
             }
         )
     return rows
+
+
+def _range(values: list[float], unit: float, spec: str) -> str:
+    return "–".join(format(unit * value, spec) for value in _spread(values) or ())
 
 
 def _fixed(value: float | None, spec: str) -> str:
     return "" if value is None else format(value, spec)
 
 
-def table(arms: list[Arm]) -> str:
+def table(arms: list[Arm], result: dict[str, Any]) -> str:
     from tabulate import tabulate
 
-    return tabulate(_rows(arms), headers="keys", disable_numparse=True, tablefmt="github")
+    return tabulate(_rows(arms, result), headers="keys", disable_numparse=True, tablefmt="github")
 
 
 def save(folder: Path, arms: list[Arm], result: dict[str, Any]) -> None:
@@ -214,7 +238,7 @@ def save(folder: Path, arms: list[Arm], result: dict[str, Any]) -> None:
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
-    rows = _rows(arms)
+    rows = _rows(arms, result)
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
         writer.writeheader()

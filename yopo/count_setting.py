@@ -58,7 +58,7 @@ def checkpoint_setting(
         plan = checkpoint.plan() if plan_name is None else _plan(plan_name, checkpoint.shape)
     except (ValueError, OSError) as error:
         raise BadInput(str(error)) from error
-    grids = _grids(args.grid) if args.grid else (checkpoint.grid,)
+    grids = grids_of(args.grid) if args.grid else (checkpoint.grid,)
     if None in grids:
         raise BadInput(
             f"{folder}/config.json does not say how many visual tokens an image has (no readable "
@@ -77,28 +77,30 @@ def preset_setting(
     args: argparse.Namespace, preset: str, layers: int | None, plan_name: str, mass: str | None
 ) -> Setting:
     """The setting of a preset, with fewer `layers` if so told. Raises BadInput."""
-    if preset not in PRESETS:
-        raise BadInput(f"--preset is {preset!r}; allowed: {', '.join(PRESETS)}")
-    shape = PRESETS[preset]
-    layers = shape.num_hidden_layers if layers is None else layers
-    if not 1 <= layers <= shape.num_hidden_layers:
-        raise BadInput(
-            f"--layers is {layers}; {preset} has {shape.num_hidden_layers}: allowed are 1 to "
-            f"{shape.num_hidden_layers}"
-        )
-    shape = replace(shape, num_hidden_layers=layers)
+    shape = some_layers(preset, layers)
     try:
-        plan = _plan(plan_name, shape)
+        plan = _plan(plan_name, shape, PRESETS[preset].num_hidden_layers)
     except (ValueError, OSError) as error:
         raise BadInput(str(error)) from error
-    prompt = _prompt(args, _grids(args.grid) if args.grid else (shape.grid,))
+    prompt = _prompt(args, grids_of(args.grid) if args.grid else (shape.grid,))
     plan = _with_masses(plan, mass)
     return Setting(preset, shape, plan, plan_name, prompt, args.batch, args.dtype)
 
 
-def _plan(name: str, shape: Shape) -> PruningPlan | None:
+def some_layers(preset: str, layers: int | None) -> Shape:
+    """A preset with its first `layers` layers, None: all. Raises BadInput."""
+    if preset not in PRESETS:
+        raise BadInput(f"--preset is {preset!r}; allowed: {', '.join(PRESETS)}")
+    whole = PRESETS[preset].num_hidden_layers
+    layers = whole if layers is None else layers
+    if not 1 <= layers <= whole:
+        raise BadInput(f"--layers is {layers}; {preset} has {whole}: allowed are 1 to {whole}")
+    return replace(PRESETS[preset], num_hidden_layers=layers)
+
+
+def _plan(name: str, shape: Shape, whole: int | None = None) -> PruningPlan | None:
     """The plan `name` of presets.named_plan, with drop where the name says no masses."""
-    return None if name == "none" else named_plan(name, shape, "drop")
+    return None if name == "none" else named_plan(name, shape, "drop", whole=whole)
 
 
 def _with_masses(plan: PruningPlan | None, mass: str | None) -> PruningPlan | None:
@@ -113,7 +115,8 @@ def _with_masses(plan: PruningPlan | None, mass: str | None) -> PruningPlan | No
         raise BadInput(str(error)) from error
 
 
-def _grids(text: str) -> tuple[Grid, ...]:
+def grids_of(text: str) -> tuple[Grid, ...]:
+    """The grids of --grid. Raises BadInput."""
     grids = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)\s*", part)

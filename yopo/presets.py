@@ -69,14 +69,19 @@ PRESETS = {
 
 
 def named_plan(
-    name: str, shape: Shape, head_mass: str = "exact", cut_mass: str | None = None
+    name: str,
+    shape: Shape,
+    head_mass: str = "exact",
+    cut_mass: str | None = None,
+    whole: int | None = None,
 ) -> PruningPlan:
     """The plan `name` for a model of `shape`.
 
     "25": half the layers, half the heads in each layer before the cut (random ones), half the FFN,
     window 5. "12": half, a quarter, a quarter, window 5. "7b_16" and the like: a published head
-    mask in place of the random heads of "25"; with fewer layers, its rows evenly spaced. Else a
-    JSON file: a config.json with a plan, or its `yopo` block.
+    mask in place of the random heads of "25". Else a JSON file: a config.json with a plan, or its
+    `yopo` block. whole: layers of the model of which `shape` has the first; masks and files are for
+    all of them, and their proportions are kept.
 
     Raises ValueError for a name that is none of these or a plan that does not fit `shape`.
     """
@@ -97,12 +102,15 @@ def named_plan(
             raise ValueError(f"--plan: {name} is not JSON, perhaps cut off: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"--plan: {name} holds no JSON object")
-        config = content if "num_hidden_layers" in content else _config(shape, content)
-        plan = PruningPlan.from_config(config)
+        if (
+            "num_hidden_layers" not in content
+        ):  # a block: as of a model of its own depth; compared with the one at hand below
+            depth = {"num_hidden_layers": content.get("layers")}
+            content = _config(shape, content) | depth
+        plan = PruningPlan.from_config(content)
         if plan is None:
             raise ValueError(f"--plan: {name} holds no plan (a `yopo` block or released fields)")
-        plan.validate(_config(shape, None))
-        return plan
+        return _fitted(plan, shape, whole)
     size, _, num = name.partition("_")
     full = {"7b": (32, 32), "13b": (40, 40)}.get(size)
     if full is None or not num.isdigit():
@@ -111,9 +119,21 @@ def named_plan(
             "file with a plan"
         )
     keep = head_mask.find(int(num), *full)
-    rows = torch.arange(cut) * (full[0] // 2) // max(cut, 1)  # those before the cut, evenly spaced
-    keep = torch.cat([keep[rows], keep[-(layers - cut) :]])
-    plan = PruningPlan(keep, window=5, layer_cut=cut, ffn_ratio=2, **masses)
+    plan = PruningPlan(keep, window=5, layer_cut=full[0] // 2, ffn_ratio=2, **masses)
+    return _fitted(plan, shape, whole)
+
+
+def _fitted(plan: PruningPlan, shape: Shape, whole: int | None) -> PruningPlan:
+    """`plan` for the first layers of the model with `whole` layers that it is for: of the masks the
+    rows before the cut evenly spaced, and so those from it on. Raises ValueError: it fits not."""
+    layers, cut = shape.num_hidden_layers, plan.layer_cut
+    if whole is not None and layers < whole == plan.num_layers:
+        less = cut * layers // whole
+        before = torch.arange(less) * cut // max(less, 1)
+        after = cut + torch.arange(layers - less) * (whole - cut) // max(layers - less, 1)
+        rows = torch.cat([before, after])
+        mass = None if plan.text_mass is None else plan.text_mass[rows]
+        plan = replace(plan, head_keep=plan.head_keep[rows], layer_cut=less, text_mass=mass)
     plan.validate(_config(shape, None))
     return plan
 
