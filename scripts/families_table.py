@@ -7,6 +7,7 @@ Then: python scripts/families_table.py
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 
 from packaging.version import Version
@@ -17,6 +18,11 @@ Records = dict[str, dict[str, dict[str, str]]]  # version → kind → feature �
 
 
 def main() -> None:
+    print(table(), end="")
+
+
+def table() -> str:
+    """The table and its notes, as they stand in the README."""
     found: Records = {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RECORDS.glob("*.json")
     }
@@ -24,17 +30,19 @@ def main() -> None:
     kinds = sorted({kind for cells in records.values() for kind in cells})
     features = {f for cells in records.values() for marks in cells.values() for f in marks}
     notes: dict[str, int] = {}
-    print("| | " + " | ".join(kinds) + " |")
-    print("|---" * (len(kinds) + 1) + "|")
     first = [next(version for version in records if kind in records[version]) for kind in kinds]
-    print("| first version run | " + " | ".join(first) + " |")
+    lines = [
+        "| | " + " | ".join(kinds) + " |",
+        "|---" * (len(kinds) + 1) + "|",
+        "| first version run | " + " | ".join(first) + " |",
+    ]
     for feature in sorted(features, key=str.lower):
         cells = [_cell(records, kind, feature, notes) for kind in kinds]
-        print(f"| {feature} | " + " | ".join(cells) + " |")
-    print(f"\nRun with transformers {', '.join(records)}. ✓: passes on all of these that have the")
-    print("family, but for those in the notes.\n")
-    for text, number in notes.items():
-        print(f"{number}. {text}")
+        lines.append(f"| {feature} | " + " | ".join(cells) + " |")
+    versions = f"Run with transformers {', '.join(records)}. ✓: passes on all of these that have "
+    lines += ["", *textwrap.wrap(f"{versions}the family, but for those in the notes.", 100), ""]
+    lines += [f"{number}. {text}" for text, number in notes.items()]
+    return "\n".join(lines) + "\n"
 
 
 def _cell(records: Records, kind: str, feature: str, notes: dict[str, int]) -> str:
@@ -43,7 +51,9 @@ def _cell(records: Records, kind: str, feature: str, notes: dict[str, int]) -> s
     }
     others = [f"{version}: {what}" for version, what in outcomes.items() if what != "passed"]
     marks = [f"({notes.setdefault(text, len(notes) + 1)})" for text in others]
-    return " ".join(["✓" if len(others) < len(outcomes) else "–", *marks])
+    broken = "failed" in outcomes.values()
+    passed = "✓" if len(others) < len(outcomes) else "–"
+    return " ".join(["✗" if broken else passed, *marks])
 
 
 if __name__ == "__main__":

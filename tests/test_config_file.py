@@ -150,6 +150,12 @@ def test_released_fields_find_their_mask_in_the_checkpoint(tmp_path: Path) -> No
         ({"llm_config": {"model_type": "internlm2", "hidden_size": 8}}, "intermediate_size"),
         (LLAVA | {"num_key_value_heads": 5}, "no multiple of the 5"),
         (LLAVA | {"num_hidden_layers": "32"}, "num_hidden_layers is '32'"),
+        (LLAVA | {"head_dim": "x"}, "head_dim is 'x'"),
+        (LLAVA | {"head_dim": 0}, "head_dim is 0"),
+        (LLAVA | {"vision_config": {"image_size": "x", "patch_size": 14}}, "how large an image"),
+        (LLAVA | {"vision_config": {"image_size": {"a": 1}, "patch_size": [14, 14]}}, "how large"),
+        (LLAVA | {"vision_config": {"image_size": -4, "patch_size": 14}}, "not one patch"),
+        (LLAVA | {"vision_config": {"image_size": 336, "patch_size": 1000}}, "not one patch"),
     ],
 )
 def test_what_cannot_be_read_is_said(tmp_path: Path, config: Any, message: str) -> None:

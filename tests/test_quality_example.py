@@ -184,7 +184,8 @@ def test_plans_made_by_hand_keep_within_their_budget() -> None:
         plan = variants.plan_by_hand(budget, ratios)
         assert 0.8 * budget < variants.shares(config, plan)[0] <= budget
         other = variants.with_random_heads(plan, 0)
-        assert other.head_keep.sum() == plan.head_keep.sum()
+        assert other.head_keep.sum() == plan.head_keep.sum() and other.head_keep[:2].all()
+        assert torch.equal(other.head_keep, plan.head_keep) == (budget == 12)  # no others are left
     assert variants.shares(config, None) == (100, 100)
 
 

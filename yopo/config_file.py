@@ -67,7 +67,14 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     config = raw | {"_name_or_path": str(folder)}
     if nested is not None:
         config["text_config"] = text
-    return Checkpoint(folder, config, _kind(raw, nested), shape, _grid(raw, folder))
+    try:
+        grid = _grid(raw, folder)
+    except (ValueError, TypeError, IndexError, KeyError) as error:
+        raise ValueError(
+            f"{folder}/config.json does not say how large an image and its patches are: {error}. "
+            "Put right its vision_config"
+        ) from error
+    return Checkpoint(folder, config, _kind(raw, nested), shape, grid)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -108,12 +115,13 @@ def _shape(text: dict[str, Any], raw: dict[str, Any]) -> Shape:
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads {heads} is no multiple of the {kv_heads} kv heads")
     vocab = text.get("vocab_size", raw.get("vocab_size"))
+    head_size = text.get("head_dim")
     qwen2 = "qwen2" in str(text.get("model_type"))
     return Shape(
         **sizes,
         vocab_size=integer("vocab_size", vocab, 1, None),
         grid=(1, 1),
-        head_size=text.get("head_dim"),
+        head_size=None if head_size is None else integer("head_dim", head_size, 1, None),
         qkv_bias=qwen2 or bool(text.get("attention_bias")),
         o_bias=not qwen2 and bool(text.get("attention_bias")),
         mlp_bias=bool(text.get("mlp_bias")),
@@ -162,4 +170,6 @@ def _square(size: Any, patch: Any, ratio: float = 1) -> Grid | None:
     if not size or not patch:
         return None
     side = int(size // patch * ratio)
+    if side < 1:
+        raise ValueError(f"image_size is {size}, patch_size {patch}: there is not one patch")
     return side, side

@@ -73,10 +73,12 @@ def plan_by_hand(budget: int, ratios: Tensor) -> PruningPlan:
 
 
 def with_random_heads(plan: PruningPlan, seed: int) -> PruningPlan:
-    """As many heads below the cut, any of them."""
-    keep, below = torch.zeros_like(plan.head_keep), plan.head_keep[: plan.layer_cut]
-    order = torch.randperm(below.numel(), generator=torch.Generator().manual_seed(seed))
-    keep[: plan.layer_cut] = (order < int(below.sum())).view(below.shape)
+    """As many heads below the cut, any of them but in the first two layers: there all, as by the
+    released rule."""
+    keep = plan.head_keep.clone()
+    ruled = keep[2 : plan.layer_cut]
+    order = torch.randperm(ruled.numel(), generator=torch.Generator().manual_seed(seed))
+    keep[2 : plan.layer_cut] = (order < int(ruled.sum())).view(ruled.shape)
     return replace(plan, head_keep=keep)
 
 
