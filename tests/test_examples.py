@@ -64,7 +64,8 @@ def test_a_newcomer_can_prune_the_embedded_model(tmp_path: Path) -> None:
     model = "examples/tiny_llava/checkpoints/tiny-llava-v1-dense"
     words = ["calibrate", model, "--data", str(questions), "--out", str(made), "--device", "cpu"]
     out = run("-m", "yopo", *words, "--budget", "0.25", "--evaluations", "24")
-    assert "40 questions, 0 passed over" in out and "10 questions held out: 100.0 %" in out
+    assert "40 questions, 0 passed over" in out
+    assert "6 questions held out, by which the plan was not chosen: " in out
     share = float(out.split("visual FLOPs: ")[1].split(" %")[0])
     assert 0 < share <= 25
     assert {"search.csv", "pareto.png", "statistics.safetensors"} <= {

@@ -11,7 +11,7 @@ import easy_vqa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--number", type=int, default=100, help="of questions (100)")
+    parser.add_argument("--number", type=int, default=200, help="of questions (200)")
     number = parser.parse_args().number
     questions, answers, image_ids = easy_vqa.get_train_questions()
     path_of = easy_vqa.get_train_image_paths()
