@@ -25,7 +25,7 @@ __all__ = [
     "clear_dynamic_cache",
     "exchange_class",
     "has_families",
-    "llava_reads_padding_off_keys",
+    "llava_expects_images_in_ids",
     "modules_named",
     "read_stock_cache",
     "require_families",
@@ -188,10 +188,10 @@ def read_stock_cache(cache: Any) -> list[tuple[Tensor, Tensor]]:
     )
 
 
-def llava_reads_padding_off_keys() -> bool:
-    """Whether stock LLaVA and LLaVA-NeXT, in each decode step, take tokens whose keys are all zero
-    in the first layer for padding: 4.46 and 4.47 (before and after, only where the prompt has one
-    token for a whole image)."""
+def llava_expects_images_in_ids() -> bool:
+    """Whether stock LLaVA and LLaVA-NeXT take input_ids without image tokens, those of each decode
+    step too, for a prompt that they have yet to expand, and then look into the cache: 4.46, 4.47.
+    Embeddings they take as they are."""
     return (4, 46) <= Version(transformers.__version__).release[:2] <= (4, 47)
 
 

@@ -100,6 +100,8 @@ def remove(model: Model) -> Model:
     else:
         classes, loaded = tuple(_stock_of(type(module)) for module in parts.modules), None
         fields = [{} for _ in configs]
+    if hasattr(parts.teller, "forget_encoded"):
+        parts.teller.forget_encoded()
     if isinstance(stack, prune.PrunedModelMixin):
         stack.set_plan(loaded)
         if loaded is None:

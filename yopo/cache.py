@@ -14,12 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._compat import (
-    DynamicCache,
-    clear_dynamic_cache,
-    llava_reads_padding_off_keys,
-    read_stock_cache,
-)
+from ._compat import DynamicCache, clear_dynamic_cache, read_stock_cache
 from .layout import VisualLayout
 from .plan import PruningPlan
 
@@ -320,8 +315,6 @@ class VisualCache(DynamicCache):
         )
 
     def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        if llava_reads_padding_off_keys():  # and nothing else: zeros say where
-            return (self.valid[:, None, :, None].float(),) * 2
         raise TypeError(
             "a VisualCache has no single (key, value) pair per layer: see VisualCache.stores"
         )

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compat import llava_expects_images_in_ids
+from ..cache import VisualCache
 from ..layout import Grid, VisualLayout, call, during, told
 
 # What may be shown → the argument of forward that brings its pixels.
@@ -88,6 +90,9 @@ class Composite:
                     return of
         return image
 
+    def forget_encoded(self) -> None:
+        vars(self).pop("_yopo_encoded", None)
+
     def _placeholders(self, given: Mapping[str, Any]) -> Callable[[int], Tensor]:
         """Where (B, n) a token stands; by its embedding, if embeddings are all there is."""
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
@@ -137,12 +142,25 @@ def _wrap_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
         shown = self._shown(given)
         if not shown and given.get("inputs_embeds") is not None:
             return stock(self, *args, **kwargs)  # foreign: nothing is known of them
-        vars(self).pop("_yopo_encoded", None)
-        with call(_layout(self._placeholders(given), shown) if shown else None):
-            return stock(self, *args, **kwargs)
+        if llava_expects_images_in_ids() and isinstance(given.get("past_key_values"), VisualCache):
+            args, kwargs = (), _embedded(self, signature, given)
+        try:
+            with call(_layout(self._placeholders(given), shown) if shown else None):
+                return stock(self, *args, **kwargs)
+        finally:
+            self.forget_encoded()
 
     forward.__signature__ = signature  # generate() looks up there what it may pass
     return forward
+
+
+def _embedded(model: Any, signature: inspect.Signature, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments `given` with embeddings for input_ids, where these show no image."""
+    itself = next(iter(signature.parameters))
+    told = {name: value for name, value in given.items() if name != itself}
+    if told.get("input_ids") is not None and told.get("pixel_values") is None:
+        told["inputs_embeds"] = model.get_input_embeddings()(told.pop("input_ids"))
+    return told
 
 
 def _wrap_encode(stock: Callable[..., Any], kind: str) -> Callable[..., Any]:
