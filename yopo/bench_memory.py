@@ -5,6 +5,7 @@ Estimates are of the large tensors only; nothing is built or run here.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from itertools import accumulate
@@ -16,6 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from .flops import Prompt
 from .presets import Shape
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notes break up the progress bar
 
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
 
