@@ -27,7 +27,6 @@ TABLE = [  # plan, mass, batch; the ratio aimed at
     ("25", "drop", 4, 2.8),
     ("none", "drop", 1, 1.0),
     ("25", "drop", 8, None),
-    ("12", "drop", 8, None),
 ]
 EVERY_ARM = ("25", "exact", 1)  # here the masked simulation computes just what ours does
 SCALING = [(images, 1) for images in (1, 2, 4, 8)] + [(1, batch) for batch in (2, 4, 8)]

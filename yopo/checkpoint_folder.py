@@ -16,7 +16,7 @@ from torch import Tensor
 from .cli import BadInput
 from .neurons import FILE, permute_tensors, save_order
 from .plan import PruningPlan
-from .shards import read_json, weight_files
+from .shards import Shard, read_json, weight_files
 
 _RESULTS = ("statistics.safetensors", "headmask_*.npy", "search.csv", "pareto.png")
 
@@ -63,15 +63,13 @@ def _left_out(file: Path, weights: list[Path], order: Tensor | None) -> bool:
 
 def _rewrite(source: Path, target: Path, order: Tensor) -> int:
     """Writes a weight file with the neurons in that order; how many tensors changed."""
-    if source.suffix == ".safetensors":
-        with safe_open(source, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with Shard(source) as shard:
+        tensors = {name: shard.tensor(name) for name in shard.entries()}
         tensors, changed = permute_tensors(tensors, order)
-        save_file(tensors, target, metadata=metadata)
-        shutil.copymode(source, target)
-        return changed
-    tensors = torch.load(source, map_location="cpu", weights_only=True)
-    tensors, changed = permute_tensors(tensors, order)
-    torch.save(tensors, target)
+        if source.suffix == ".safetensors":
+            with safe_open(source, framework="pt") as file:
+                save_file(tensors, target, metadata=file.metadata())
+            shutil.copymode(source, target)
+        else:
+            torch.save(tensors, target)
     return changed

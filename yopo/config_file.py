@@ -9,7 +9,6 @@ transformers.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from ._checks import integer
+from ._checks import integer, json_object
 from .plan import PruningPlan
 from .presets import Shape
 
@@ -87,13 +86,7 @@ def read_json(file: Path) -> dict[str, Any]:
         )
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} is no checkpoint: it has no {file.name}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON, perhaps cut off: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return content
+    return json_object(file)
 
 
 def _with_defaults(text: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:

@@ -4,13 +4,13 @@ model or a pass is done elsewhere. Sources: the models' config.json on the Hub.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from . import head_mask
+from ._checks import json_object
 from .plan import PruningPlan, split_masses
 
 
@@ -96,12 +96,7 @@ def named_plan(
             keep[layer, torch.randperm(heads, generator=generator)[: heads // ratio]] = True
         return PruningPlan(keep, window=5, layer_cut=cut, ffn_ratio=ratio, **masses)
     if Path(name).is_file():
-        try:
-            content = json.loads(Path(name).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"--plan: {name} is not JSON, perhaps cut off: {error}") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"--plan: {name} holds no JSON object")
+        content = json_object(Path(name))
         if (
             "num_hidden_layers" not in content
         ):  # a block: as of a model of its own depth; compared with the one at hand below

@@ -5,7 +5,6 @@ tensors mean is not known here.
 
 from __future__ import annotations
 
-import json
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from yopo._checks import json_object
 from yopo._compat import weights_only_is_safe
 from yopo.cli import BadInput
 
@@ -36,12 +36,9 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise BadInput(f"{file.parent} is cut off: it has no {file.name}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return json_object(file)
     except ValueError as error:
-        raise BadInput(f"{file} is not JSON, perhaps cut off: {error}") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{file} holds no JSON object")
-    return content
+        raise BadInput(str(error)) from error
 
 
 def weight_files(folder: Path) -> list[Path]:
