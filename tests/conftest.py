@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -22,3 +24,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("yopo")
+
+_RESET = {cls: cls.reset_parameters for cls in (torch.nn.Linear, torch.nn.LayerNorm)}
+
+
+@pytest.fixture(autouse=True)
+def weights_are_initialised() -> Iterator[None]:
+    """LLaVA's loader turns the initialisation of these layers off, for the whole process: models
+    that later tests build would have whatever was in memory."""
+    yield
+    for cls, reset in _RESET.items():
+        cls.reset_parameters = reset
