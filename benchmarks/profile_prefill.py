@@ -30,8 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     bench.add_arguments(parser)
     args = parser.parse_args()
-    shape, plan, run = bench._checked(args)
-    prompt = bench._prompt(args, shape)
+    shape, prompt, plan, run = bench._checked(args)
     model = bench._random_model(shape, run.dtype, run.device)
     case = bench._case(prompt, args.batch, shape, run.dtype, run.device)
     what = f"plan {args.plan}, {args.mass or 'drop'}, batch {args.batch}"

@@ -41,7 +41,7 @@ from .bench_memory import (
 from .bench_report import Arm, Probe, machine, result_of, save, table, timed
 from .cache import VisualCache
 from .cli import BadInput
-from .count_setting import grids_of, some_layers
+from .count_setting import add_prompt_arguments, grids_of, prompt_of, refuse_less, some_layers
 from .flops import Prompt
 from .layout import VisualLayout
 from .plan import MASSES, PruningPlan, split_masses
@@ -56,17 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--preset", default="llava-1.5-7b", help=", ".join(PRESETS))
     parser.add_argument("--layers", type=int, help="only so many layers, the plan in proportion")
-    parser.add_argument("--dtype", default="bfloat16", help=", ".join(DTYPES))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--images", type=int, default=1, help="in each row of the batch")
-    parser.add_argument(
-        "--grid",
-        metavar="RxC[,RxC…]",
-        help="visual tokens of an image, rows x columns; several for one of several views "
-        "(default: the preset's)",
-    )
-    parser.add_argument("--text-tokens", type=int, default=60)
+    add_prompt_arguments(parser)
     parser.add_argument("--plan", default="25", help="25, 12, 7b_16 …, none, or a JSON file")
     parser.add_argument(
         "--mass",
@@ -83,11 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def bench(args: argparse.Namespace) -> int:
     """Runs the benchmark. Raises BadInput before any heavy work where something is wrong."""
-    shape, plan, run = _checked(args)
+    shape, prompt, plan, run = _checked(args)
     device, dtype = run.device, run.dtype
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    prompt = _prompt(args, shape)
     _check_memory(args, shape, prompt, run)
     tqdm.write(machine(device, dtype))
     try:
@@ -127,15 +117,10 @@ class Run:
 # ------------------------------------------------------------------------------------------ input
 
 
-def _checked(args: argparse.Namespace) -> tuple[Shape, PruningPlan | None, Run]:
+def _checked(args: argparse.Namespace) -> tuple[Shape, Prompt, PruningPlan | None, Run]:
     shape, whole = some_layers(args.preset, args.layers), PRESETS[args.preset].num_hidden_layers
-    if args.dtype not in DTYPES:
-        raise BadInput(f"--dtype is {args.dtype!r}; allowed: {', '.join(DTYPES)}")
-    least = {"batch": 1, "images": 1, "text_tokens": 2, "rounds": 1, "steps": 0, "threads": 1}
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise BadInput(f"--{name.replace('_', '-')} is {value}; allowed: {low} and more")
+    prompt = prompt_of(args, grids_of(args.grid, shape.grid))
+    refuse_less(args, rounds=1, steps=0, threads=1)
     if unknown := set(args.arms.split(",")) - {*ARMS}:
         raise BadInput(f"--arms names {sorted(unknown)}; allowed: {', '.join(ARMS)}")
     try:
@@ -152,13 +137,13 @@ def _checked(args: argparse.Namespace) -> tuple[Shape, PruningPlan | None, Run]:
         if args.mass is not None:
             split_masses(args.mass, "--mass")
         if args.plan == "none":
-            return shape, None, run
+            return shape, prompt, None, run
         plan = named_plan(args.plan, shape, "drop", whole=whole)
         if args.mass is not None:
             plan = with_masses(plan, args.mass)
     except (ValueError, OSError) as error:
         raise BadInput(str(error)) from error
-    return shape, replace(plan, ffn_order=None), run  # random weights are in any order
+    return shape, prompt, replace(plan, ffn_order=None), run  # random weights are in any order
 
 
 def _check_output(out: Path | None) -> None:
@@ -171,11 +156,6 @@ def _check_output(out: Path | None) -> None:
             out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"--out {out} cannot be made: {error}") from error
-
-
-def _prompt(args: argparse.Namespace, shape: Shape) -> Prompt:
-    grids = grids_of(args.grid) if args.grid else (shape.grid,)
-    return Prompt.around(grids * args.images, args.text_tokens)
 
 
 def _check_memory(args: argparse.Namespace, shape: Shape, prompt: Prompt, run: Run) -> None:

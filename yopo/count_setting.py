@@ -36,7 +36,7 @@ class Setting:
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that describe the prompt counted."""
+    """The options that describe the prompt counted or timed."""
     parser.add_argument("--images", type=int, default=1, help="in each row of the batch")
     parser.add_argument(
         "--grid",
@@ -58,7 +58,7 @@ def checkpoint_setting(
         plan = checkpoint.plan() if plan_name is None else _plan(plan_name, checkpoint.shape)
     except (ValueError, OSError) as error:
         raise BadInput(str(error)) from error
-    grids = grids_of(args.grid) if args.grid else (checkpoint.grid,)
+    grids = grids_of(args.grid, checkpoint.grid)
     if None in grids:
         raise BadInput(
             f"{folder}/config.json does not say how many visual tokens an image has (no readable "
@@ -66,7 +66,7 @@ def checkpoint_setting(
             "--grid ROWSxCOLUMNS"
         )
     plan = _with_masses(plan, mass)
-    prompt = _prompt(args, grids)
+    prompt = prompt_of(args, grids)
     name = str(checkpoint.folder)
     shape = replace(checkpoint.shape, grid=grids[0])
     setting = Setting(name, shape, plan, plan_name, prompt, args.batch, args.dtype)
@@ -82,7 +82,7 @@ def preset_setting(
         plan = _plan(plan_name, shape, PRESETS[preset].num_hidden_layers)
     except (ValueError, OSError) as error:
         raise BadInput(str(error)) from error
-    prompt = _prompt(args, grids_of(args.grid) if args.grid else (shape.grid,))
+    prompt = prompt_of(args, grids_of(args.grid, shape.grid))
     plan = _with_masses(plan, mass)
     return Setting(preset, shape, plan, plan_name, prompt, args.batch, args.dtype)
 
@@ -115,8 +115,10 @@ def _with_masses(plan: PruningPlan | None, mass: str | None) -> PruningPlan | No
         raise BadInput(str(error)) from error
 
 
-def grids_of(text: str) -> tuple[Grid, ...]:
-    """The grids of --grid. Raises BadInput."""
+def grids_of(text: str | None, otherwise: Grid | None) -> tuple[Grid | None, ...]:
+    """The grids of --grid, `otherwise` where it is not given. Raises BadInput."""
+    if not text:
+        return (otherwise,)
     grids = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)\s*", part)
@@ -128,12 +130,17 @@ def grids_of(text: str) -> tuple[Grid, ...]:
     return tuple(grids)
 
 
-def _prompt(args: argparse.Namespace, grids: tuple[Grid, ...]) -> Prompt:
+def refuse_less(args: argparse.Namespace, **least: int) -> None:
+    """Raises BadInput for a number below its least; None passes."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise BadInput(f"--{name.replace('_', '-')} is {value}; allowed: {low} and more")
+
+
+def prompt_of(args: argparse.Namespace, grids: tuple[Grid, ...]) -> Prompt:
+    """The prompt of `add_prompt_arguments`' options, all checked. Raises BadInput."""
     if args.dtype not in ITEMSIZE:
         raise BadInput(f"--dtype is {args.dtype!r}; allowed: {', '.join(ITEMSIZE)}")
-    for name, low in (("batch", 1), ("images", 1), ("text_tokens", 2)):
-        if getattr(args, name) < low:
-            raise BadInput(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}; allowed: {low} and more"
-            )
+    refuse_less(args, batch=1, images=1, text_tokens=2)
     return Prompt.around(grids * args.images, args.text_tokens)
