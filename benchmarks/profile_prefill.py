@@ -19,8 +19,8 @@ import torch
 from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
 
-from yopo import bench
-from yopo.bench_report import machine
+from yopo.bench import measure as bench
+from yopo.bench.report import machine
 
 SHOWN = 12  # lines for an arm
 PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm")

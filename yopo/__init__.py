@@ -11,19 +11,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attach import apply, plan_of, remove
-    from .calibration import calibrate
-    from .plan import PruningPlan
+    from yopo.calibration.calibrate import calibrate
+    from yopo.models.attach import apply, plan_of, remove
+    from yopo.plan.pruning_plan import PruningPlan
 
 __version__ = "0.1.0"
 __all__ = ["PruningPlan", "__version__", "apply", "calibrate", "plan_of", "remove"]
 
 _HOME = {
-    "PruningPlan": ".plan",
-    "apply": ".attach",
-    "calibrate": ".calibration",
-    "plan_of": ".attach",
-    "remove": ".attach",
+    "PruningPlan": ".plan.pruning_plan",
+    "apply": ".models.attach",
+    "calibrate": ".calibration.calibrate",
+    "plan_of": ".models.attach",
+    "remove": ".models.attach",
 }
 
 

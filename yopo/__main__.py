@@ -1,8 +1,8 @@
-"""`python -m yopo …`. The commands are in cli.py."""
+"""`python -m yopo …`. The commands are in commands/."""
 
 import sys
 
-from yopo.cli import main
+from yopo.commands.command_line import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama import modeling_llama as stock
 
-from . import engine
-from ._compat import exchange_class, rope
-from .cache import VisualCache, refuse_foreign
-from .inputs import (
+from yopo.engine import forward as engine
+from yopo.engine.layout import CALL, Grid, during, told
+from yopo.engine.visual_cache import VisualCache, refuse_foreign
+from yopo.models.arguments import (
     may_show_image,
     other_shape,
     past_length,
@@ -31,8 +31,8 @@ from .inputs import (
     valid_tokens,
     warn_of_foreign_embeddings,
 )
-from .layout import CALL, Grid, during, told
-from .plan import PruningPlan
+from yopo.plan.pruning_plan import PruningPlan
+from yopo.versions import exchange_class, rope
 
 # The released classes: patch.py puts ours in their place in the module.
 StockLlamaModel, StockLlamaForCausalLM = stock.LlamaModel, stock.LlamaForCausalLM

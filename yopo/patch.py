@@ -19,7 +19,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from . import _compat, llava, llava_tokenizer
+from yopo import versions as _compat
+from yopo.models import llava_tokenizer
+from yopo.models import original_llava as llava
 
 _HOME = "transformers.models.llama"
 _NAMES = ("LlamaModel", "LlamaForCausalLM")
@@ -30,7 +32,7 @@ _stock_post_init = PreTrainedModel.post_init
 
 @functools.wraps(_stock_post_init)
 def _post_init(self: Any) -> None:
-    from .attach import prune_loaded  # not at the top: the version check comes first
+    from yopo.models.attach import prune_loaded  # not at the top: the version check comes first
 
     _stock_post_init(self)
     prune_loaded(self)

@@ -14,12 +14,12 @@ from pictures import Task, draw_turns, tokens
 from torch import Tensor
 
 from yopo import PruningPlan
-from yopo.collect import collect
-from yopo.divergence import references
-from yopo.mass_fit import fit_text_mass
-from yopo.neurons import put, ranked, reorder
-from yopo.search import search
-from yopo.statistics import Statistics
+from yopo.calibration.collect import collect
+from yopo.calibration.divergence import references
+from yopo.calibration.mass_fit import fit_text_mass
+from yopo.calibration.neurons import put, ranked, reorder
+from yopo.calibration.sample_statistics import Statistics
+from yopo.calibration.search import search
 
 __all__ = ["put", "ranked", "reorder"]
 

@@ -15,9 +15,9 @@ from answers import Batch, Guess
 from network import GRID, VISUAL, Reader
 from torch import Tensor
 
-from yopo import flops
-from yopo._compat import rope
-from yopo.engine import rotate
+from yopo.counting import flops
+from yopo.engine.forward import rotate
+from yopo.versions import rope
 
 Choose = Callable[[Tensor], Tensor]  # (q, 64) attention of the last token → (q, 64) scores
 

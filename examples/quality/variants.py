@@ -7,8 +7,9 @@ import torch
 from network import GRID
 from torch import Tensor
 
-from yopo import PruningPlan, flops
-from yopo.rules import released_head_keep, solve_alpha
+from yopo import PruningPlan
+from yopo.calibration.head_rule import released_head_keep, solve_alpha
+from yopo.counting import flops
 
 BUDGETS = (50, 25, 12)  # percent of the dense model's visual FLOPs
 MASSES = ("exact", "drop", "calibrated")

@@ -23,7 +23,7 @@ from tqdm import trange
 from transformers import AutoTokenizer
 
 from yopo import PruningPlan, apply
-from yopo.rules import released_head_keep, solve_alpha, visual_ratio
+from yopo.calibration.head_rule import released_head_keep, solve_alpha, visual_ratio
 
 LAYER_CUT, WINDOW, FFN_RATIO = 3, 5, 2
 KEPT_HEADS = 0.5  # of all, the first two layers' (which the released rule always keeps) included

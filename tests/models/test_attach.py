@@ -1,0 +1,91 @@
+"""apply and remove on live models: what they accept, refuse, and put back."""
+
+from __future__ import annotations
+
+import copy
+import types
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from layouts import SHAPE, a_plan, build, left_padded
+from torch import nn
+
+import yopo
+from yopo.plan.pruning_plan import PruningPlan
+
+
+class Wrapper(nn.Module):
+    """As PEFT's and DDP's: the model is somewhere inside."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.base_model = model
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**left_padded().kwargs()).logits
+
+
+def test_remove_puts_back_the_plan_that_the_model_was_loaded_with() -> None:
+    first, second = a_plan(), a_plan("drop", "drop")
+    model = build(SHAPE, first)
+    before, config = logits(model), model.config.to_dict()
+    yopo.apply(model, second)
+    assert yopo.plan_of(model) == second and not torch.equal(logits(model), before)
+    yopo.remove(model)
+    assert yopo.plan_of(model) == first
+    assert torch.equal(logits(model), before) and model.config.to_dict() == config
+    yopo.remove(model)
+    assert yopo.plan_of(model) is None and PruningPlan.from_config(model.config) is None
+
+
+def test_apply_reaches_a_model_inside_a_wrapper() -> None:
+    model = build(SHAPE, None)
+    wrapper = Wrapper(model)
+    assert yopo.apply(wrapper, a_plan()) is wrapper
+    assert yopo.plan_of(wrapper) == a_plan() == yopo.plan_of(model)
+    yopo.remove(wrapper)
+    assert yopo.plan_of(wrapper) is None
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), "a path", None])
+def test_what_is_no_llama_is_refused(model: Any) -> None:
+    with pytest.raises(TypeError, match=f"cannot prune a {type(model).__name__}"):
+        yopo.apply(model, a_plan())
+
+
+def test_a_llama_inside_another_familys_model_is_not_taken_for_it() -> None:
+    class Composite(transformers.PreTrainedModel):
+        config_class = transformers.LlamaConfig
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.language_model = transformers.LlamaForCausalLM(config)
+
+    with pytest.raises(TypeError, match="cannot prune a Composite"):
+        yopo.apply(Composite(SHAPE.config()), a_plan())
+
+
+def test_no_plan_is_refused() -> None:
+    with pytest.raises(TypeError, match="plan is a NoneType"):
+        yopo.apply(build(SHAPE, None), None)
+    with pytest.raises(ValueError, match="head_keep has shape"):
+        yopo.apply(build(SHAPE, None), PruningPlan(torch.ones(1, 4)))
+
+
+def test_a_forward_replaced_on_the_instance_is_refused() -> None:
+    model = build(SHAPE, None)
+    model.forward = types.MethodType(type(model).forward, model)
+    with pytest.raises(ValueError, match="apply the plan first"):
+        yopo.apply(model, a_plan())
+
+
+def test_copies_of_a_pruned_model_are_pruned_on_their_own() -> None:
+    model = build(SHAPE, a_plan())
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), logits(model))
+    yopo.remove(model)
+    assert yopo.plan_of(twin) == a_plan() and not torch.equal(logits(twin), logits(model))

@@ -1,0 +1,156 @@
+"""generate() through each family's own processor on photographs: chat template, batch, streaming,
+pipeline. Weights are random: judged is that nothing is lost on the way to the pruned pass."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from random_families import (
+    HEADS,
+    HERE,
+    IMAGE,
+    KINDS,
+    LAYERS,
+    Batch,
+    Kind,
+    build,
+    into_stack,
+    places,
+)
+from test_families import a_plan, check, run, truth
+from tiny_processors import VOCAB, inputs, photos, processor, said
+from torch import Tensor
+
+import yopo
+from yopo.plan.pruning_plan import PruningPlan
+
+pytestmark = pytest.mark.parametrize("kind", [pytest.param(KINDS[n], id=n) for n in HERE])
+
+STEPS = 5
+QUESTIONS = ("What is this?", "And which of the two is older?")
+
+
+def generate(model: Any, given: dict[str, Tensor], **how: Any) -> Tensor:
+    """(B, STEPS) new tokens, greedily."""
+    made = model.generate(**given, max_new_tokens=STEPS, do_sample=False, **how)
+    return made[:, given["input_ids"].shape[1] :]
+
+
+def one_photo(kind: Kind) -> dict[str, Tensor]:
+    return inputs(kind, [(QUESTIONS[0], [photos()[0]])])
+
+
+def size_of(kind: Kind, given: dict[str, Tensor]) -> Any:
+    """The one picture in `given`, as random_families names sizes."""
+    for name in ("image_sizes", "image_grid_thw"):
+        if name in given:
+            return tuple(given[name][0].tolist())
+    return len(given["pixel_values"]) if kind.cls.startswith("InternVL") else None
+
+
+def described(kind: Kind, given: dict[str, Tensor]) -> Batch:
+    """The batch of one row that the processor made, with its layout counted here."""
+    ids = given["input_ids"]
+    grids, marks = places(kind, size_of(kind, given))
+    places_of = torch.full((3, *ids.shape), -1)
+    at = (ids[0] == IMAGE).nonzero().flatten()
+    assert len(at) == len(marks)
+    for column, mark in zip(at.tolist(), marks, strict=True):
+        if mark is not None:
+            places_of[:, 0, column] = torch.tensor(mark)
+    image, row, col = places_of
+    layout = SimpleNamespace(visual=image >= 0, image=image, row=row, col=col)
+    return Batch(kind, [], 0, ids, given["attention_mask"], layout, [list(grids)])
+
+
+@pytest.mark.feature("processor: chat template, photograph")
+def test_a_photograph_is_pruned_as_the_oracle_says(kind: Kind) -> None:
+    model, given = build(kind, VOCAB), one_photo(kind)
+    batch = described(kind, given)
+    expected = truth(model, a_plan(), batch, into_stack(model, given)).logits
+    found = run(yopo.apply(model, a_plan()), given).logits
+    check(found, expected, batch.mask.bool())
+
+
+@pytest.mark.feature("processor: chat template, photograph")
+def test_a_plan_that_keeps_everything_answers_as_the_dense_model(kind: Kind) -> None:
+    model, given = build(kind, VOCAB), one_photo(kind)
+    dense, logits = generate(model, given), run(model, given).logits
+    yopo.apply(model, PruningPlan(torch.ones(LAYERS, HEADS)))
+    assert torch.equal(generate(model, given), dense)
+    yopo.apply(model, a_plan())
+    generate(model, given)
+    assert not torch.allclose(run(model, given).logits, logits, atol=1e-2)
+    assert torch.equal(generate(yopo.remove(model), given), dense)
+
+
+@pytest.mark.feature("processor: chat template, photograph")
+def test_the_whole_template_at_once(kind: Kind) -> None:
+    """apply_chat_template(tokenize=True) with the picture in the message (from 4.48 or so on)."""
+    model = yopo.apply(build(kind, VOCAB), a_plan())
+    messages = said(QUESTIONS[0])
+    messages[0]["content"][0] = {"type": "image", "image": photos()[0]}
+    try:
+        given = processor(kind).apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        given = dict(given)
+    except (TypeError, ValueError, KeyError) as error:
+        pytest.skip(f"no pictures in messages on this transformers: {error}")
+    if "pixel_values" not in given:
+        pytest.skip("no pictures in messages on this transformers")
+    assert torch.equal(generate(model, given), generate(model, one_photo(kind)))
+
+
+@pytest.mark.feature("processor: batch")
+def test_a_batch_answers_as_its_rows(kind: Kind) -> None:
+    """One photograph in a row and two in the other, of different shapes, padded on the left."""
+    china, flower = photos()
+    rows = [(QUESTIONS[0], [china]), (QUESTIONS[1], [flower, china])]
+    model = yopo.apply(build(kind, VOCAB), a_plan())
+    together = generate(model, inputs(kind, rows))
+    alone = [generate(model, inputs(kind, [row])) for row in rows]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.feature("processor: streaming")
+def test_streaming_gives_the_same_text(kind: Kind) -> None:
+    texts: list[str] = []
+
+    class Streamer(transformers.TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            texts.append(text)
+
+    words = processor(kind).tokenizer
+    model, given = yopo.apply(build(kind, VOCAB), a_plan()), one_photo(kind)
+    tokens = generate(model, given, streamer=Streamer(words, skip_prompt=True))
+    assert torch.equal(tokens, generate(model, given))
+    assert "".join(texts) == words.decode(tokens[0]) and texts
+
+
+@pytest.mark.feature("pipeline image-text-to-text")
+def test_the_pipeline_gives_the_same_text(kind: Kind) -> None:
+    from transformers.pipelines import SUPPORTED_TASKS
+
+    if "image-text-to-text" not in SUPPORTED_TASKS:
+        pytest.skip("this transformers has no such pipeline")
+    model, made = yopo.apply(build(kind, VOCAB), a_plan()), processor(kind)
+    pipe = transformers.pipeline("image-text-to-text", model=model, processor=made)
+    messages = said(QUESTIONS[0])
+    messages[0]["content"][0] = {"type": "image", "image": photos()[0]}
+    answer = pipe(
+        text=messages,
+        return_full_text=False,
+        generate_kwargs=dict(max_new_tokens=STEPS, do_sample=False),
+    )
+    text = answer[0]["generated_text"]
+    expected = generate(model, one_photo(kind))
+    assert text == made.tokenizer.decode(expected[0], skip_special_tokens=True)

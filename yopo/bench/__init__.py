@@ -1,0 +1,1 @@
+"""Times ours against stock, on random weights."""

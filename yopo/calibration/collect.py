@@ -1,0 +1,287 @@
+"""One dense pass over samples, looked at from inside: fills `Statistics`.
+
+The model runs through yopo's own engine under a plan that prunes nothing, so that every family,
+transformers version and way of saying where the image is works as it does when pruned. Nothing
+n × n is ever held: queries go by in blocks (log-sum-exp over the visual keys, and over all).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from yopo.calibration.sample import prompt_of
+from yopo.calibration.sample_statistics import Statistics, digest_of, fingerprint
+from yopo.engine import forward as engine
+from yopo.engine.forward import SEEN, Pass, Stack
+from yopo.engine.layout import VisualLayout
+from yopo.engine.visual_cache import HeadStore, VisualCache
+from yopo.models.trial import stack_of, under
+
+BLOCK = 2**23  # scores held at a time
+SAVE_SECONDS = 20  # between two writes of the file
+
+
+def collect(
+    model: nn.Module,
+    samples: Iterable[dict[str, Any]],
+    *,
+    limit: int | None = None,
+    path: str | Path | None = None,
+    known: Statistics | None = None,
+    influence: bool = True,
+    progress: bool = False,
+) -> Statistics:
+    """Statistics of `model`, dense whatever its plan, over `samples`, model inputs of one prompt
+    each (sample.py).
+
+    limit: take only so many. path: a file kept up to date; what is in it already is not measured
+    again. known: statistics to go on from instead. influence: also measure how much visual tokens
+    still matter after each layer, which costs about as much as the rest.
+
+    Raises ValueError for samples that are none, or others than those known begin with.
+    """
+    if known is None and path is not None and Path(path).exists():
+        known = Statistics.load(path)
+    model_mark = fingerprint(model)
+    total = len(samples) if hasattr(samples, "__len__") else None
+    total = min((count for count in (total, limit) if count is not None), default=None)
+    saved_at = 0.0
+    with torch.no_grad(), under(model, None):
+        stack = stack_of(model)
+        sizes = stack.config.num_attention_heads, stack.config.intermediate_size
+        found = Statistics.empty(model_mark, len(stack.layers), *sizes)
+        if known is not None:
+            found = found.then(known)
+        done = len(found)
+        norms = _column_norms(stack)
+        bar = tqdm(islice(samples, limit), "statistics", total, disable=not progress, mininterval=1)
+        try:
+            for index, sample in enumerate(bar):
+                inputs = prompt_of(sample)
+                digest = digest_of(inputs)
+                if index < done:
+                    if found.samples[index] != digest:
+                        raise ValueError(
+                            f"sample {index} is not the one that the statistics were begun with: "
+                            "give the same samples in the same order, or start anew"
+                        )
+                    continue
+                try:
+                    one = _measure(model, stack, inputs, norms, digest, model_mark, influence)
+                except ValueError as error:
+                    raise ValueError(f"sample {index} (the first is 0): {error}") from error
+                found = found.then(one)
+                if path is not None and time.monotonic() - saved_at > SAVE_SECONDS:
+                    found.save(path)
+                    saved_at = time.monotonic()
+        finally:
+            if path is not None and len(found) > done:
+                found.save(path)
+    if len(found) == 0:
+        raise ValueError("there is no sample to take statistics of")
+    return found
+
+
+def _measure(
+    model: nn.Module,
+    stack: nn.Module,
+    inputs: dict[str, Any],
+    norms: list[Tensor],
+    digest: str,
+    model_mark: str,
+    influence: bool,
+) -> Statistics:
+    """Statistics of one sample; `model` runs under a plan that prunes nothing. norms: as
+    `_column_norms` of its stack."""
+    watch = _Watch(stack, norms)
+    with watch:
+        logits = model(**inputs, use_cache=False).logits[0, -1]
+    if not bool(logits.isfinite().all()):
+        raise ValueError(
+            "the dense model's logits are not finite. Look at its weights and dtype (float16 "
+            "overflows in some models: try bfloat16 or float32)"
+        )
+    if not watch.ratios:
+        raise ValueError("it shows no image: calibrating takes prompts with one")
+    moved = [float("nan")] * len(stack.layers)
+    if influence:
+        head = model.get_output_embeddings()
+        moved = [_kl(logits, head(row)) for row in watch.without_image_from_each_layer()]
+    return Statistics(
+        model=model_mark,
+        samples=(digest,),
+        ratios=torch.stack(watch.ratios)[None],
+        visual_mass=torch.stack(watch.visual_mass)[None],
+        text_share=torch.stack(watch.text_share, dim=1)[None],
+        text_tokens=torch.tensor([watch.text_tokens]),
+        visual_tokens=torch.tensor([watch.visual_tokens]),
+        influence=torch.tensor([moved], dtype=torch.float32),
+        ffn_use=torch.stack(watch.ffn_use),
+    )
+
+
+def _column_norms(stack: nn.Module) -> list[Tensor]:
+    """For each layer the norms (I,) of down_proj's columns, float64 on the CPU; 1 where they cannot
+    be read (quantised, offloaded)."""
+    norms = []
+    for layer in stack.layers:
+        weight = getattr(layer.mlp.down_proj, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta:
+            norms.append(weight.float().norm(dim=0).double().cpu())
+        else:
+            norms.append(torch.ones(stack.config.intermediate_size, dtype=torch.float64))
+    return norms
+
+
+def _kl(reference: Tensor, logits: Tensor) -> float:
+    """KL of the distribution of `logits` from that of `reference`, both (V,), in nats."""
+    p, q = (x.float().log_softmax(-1) for x in (reference, logits))
+    return float((p.exp() * (p - q)).sum())
+
+
+class _Watch:
+    """Looks on while a sample goes through the layers: use as a context manager around the pass.
+
+    Afterwards, one entry for each layer: ratios, visual_mass (H,); text_share (2, H); ffn_use (I,).
+    """
+
+    def __init__(self, stack: nn.Module, norms: list[Tensor]) -> None:
+        self._stack, self._norms = stack, norms
+        self.ratios: list[Tensor] = []
+        self.visual_mass: list[Tensor] = []
+        self.text_share: list[Tensor] = []
+        self.ffn_use: list[Tensor] = []
+        self.text_tokens = self.visual_tokens = 0
+        self._text_rows: list[Tensor] = []  # each layer's input, (rows, d), text and visual
+        self._pass: Pass | None = None
+
+    def __enter__(self) -> _Watch:
+        self._exit = ExitStack()
+        token = engine.OBSERVER.set(self._attention)
+        self._exit.callback(engine.OBSERVER.reset, token)
+        for layer in self._stack.layers:
+            for module, look in (
+                (layer.input_layernorm, self._layer_input),
+                (layer.mlp.down_proj, self._neurons),
+            ):
+                self._exit.callback(module.register_forward_pre_hook(look).remove)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._exit.close()
+
+    def _layer_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._text_rows.append(args[0])
+
+    def _attention(
+        self, p: Pass, q: Tensor, visual_q: Tensor, stores: tuple[HeadStore, HeadStore]
+    ) -> None:
+        """q (T, H, D), visual_q (V, H, D); all keys are in the first store, visual ones first."""
+        if p.text.batch != 1:
+            raise ValueError(
+                f"a sample has {p.text.batch} rows; calibrating takes prompts one by one: give "
+                "each a batch of its own"
+            )
+        if self._pass is None:
+            self._pass = p
+        store = stores[SEEN]
+        text_at, visual_at = (x.order[0].to(q.device) for x in (p.text, p.visual))
+        keys_at = torch.cat([visual_at, text_at])
+        n_visual = len(visual_at)
+        behind = text_at > visual_at[0]  # the text queries with an image before them
+        if not bool(behind.any()):
+            raise ValueError("it has no text after the image: nothing is asked")
+        keys = store.keys[0]
+        of_text, of_visual = (
+            shares(rows, at, keys, keys_at, n_visual, p.scale).double()
+            for rows, at in ((q, text_at), (visual_q, visual_at))
+        )
+        received = of_text.sum(2) + of_visual.sum(2)  # (2, H)
+        self.ratios.append((received[0] / received[1]).float().cpu())
+        visual, text = of_text[:, :, behind]  # (H, Q) each
+        self.visual_mass.append(visual.mean(1).float().cpu())
+        text_only = _text_outputs(q[behind], text_at[behind], store, text_at, p.scale)
+        weight = text_only.double().square().sum(-1)  # (H, Q)
+        sums = torch.stack([(text * weight).sum(1), weight.sum(1)])
+        self.text_share.append(sums.float().cpu())
+        self.text_tokens, self.visual_tokens = int(behind.sum()), n_visual
+
+    def _neurons(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """The hidden FFN neurons (rows, I), text first."""
+        visual = args[0][-self.visual_tokens :]
+        use = visual.abs().sum(0, dtype=torch.float64)
+        norms = self._norms[len(self.ffn_use)]
+        self.ffn_use.append(use.cpu() * norms)
+
+    def without_image_from_each_layer(self) -> Iterable[Tensor]:
+        """For each layer C the last text row (d,), normed, if visual tokens leave at C: the text
+        rows alone go on from there, at the places that they have in the whole prompt."""
+        p, layers = self._pass, self._stack.layers
+        n = len(p.text)
+        config = self._stack.config
+        whole = Stack.build(config, self._stack.yopo_plan)
+        cos, sin = (x[:n].transpose(0, 1) for x in (p.cos, p.sin))
+        valid = torch.ones(1, n, dtype=torch.bool, device="cpu")
+        for cut in range(len(layers)):
+            rest = Stack(whole.plans[cut:], whole.neurons, whole.head_dim, 0.0)
+            rows = engine.run(
+                layers[cut:],
+                rest,
+                self._stack.yopo_plan,
+                VisualLayout.empty(1, n),
+                self._text_rows[cut][None, :n],
+                cos,
+                sin,
+                valid,
+                VisualCache.adopt(None, self._stack.yopo_plan, 1, valid[:, :0], rest.kv_heads()),
+                keep_cache=False,
+                training=False,
+            )
+            yield self._stack.norm(rows[:, -1:])[0, -1]
+
+
+def _blocks(queries: int, scores_each: int) -> Iterable[slice]:
+    step = max(1, BLOCK // scores_each)
+    return (slice(start, start + step) for start in range(0, queries, step))
+
+
+def _scores(q: Tensor, at: Tensor, keys: Tensor, keys_at: Tensor, scale: float) -> Tensor:
+    """(H, Q, K) float32 scores of q (Q, H, D) with keys (KV, K, D), -inf where a key comes later;
+    at (Q,), keys_at (K,): places in the sequence."""
+    q = q.transpose(0, 1).float().unflatten(0, (keys.shape[0], -1))  # (KV, H / KV, Q, D)
+    scores = (q @ keys.float().transpose(1, 2)[:, None]).flatten(0, 1) * scale
+    return scores.masked_fill_(keys_at[None, :] > at[:, None], -torch.inf)
+
+
+def shares(
+    q: Tensor, at: Tensor, keys: Tensor, keys_at: Tensor, n_visual: int, scale: float
+) -> Tensor:
+    """(2, H, Q) the shares of each query's softmax on visual keys, the first `n_visual`, and on
+    text keys; arguments as of `_scores`. Both, as the lesser one is lost in 1 - the greater."""
+    found = []
+    for block in _blocks(len(q), q.shape[1] * keys.shape[1]):
+        scores = _scores(q[block], at[block], keys, keys_at, scale)
+        parts = scores.tensor_split([n_visual], dim=-1)
+        sums = torch.stack([part.logsumexp(-1) for part in parts])
+        found.append((sums - sums.logsumexp(0)).exp())
+    return torch.cat(found, dim=2)
+
+
+def _text_outputs(q: Tensor, at: Tensor, store: HeadStore, text_at: Tensor, scale: float) -> Tensor:
+    """(H, Q, D) what the heads give text queries that see text alone."""
+    keys, values = store.text_keys[0], store.text_values[0].float()
+    outs = []
+    for block in _blocks(len(q), q.shape[1] * keys.shape[1]):
+        shares = _scores(q[block], at[block], keys, text_at, scale).softmax(-1)
+        shares = shares.unflatten(0, (keys.shape[0], -1))
+        outs.append((shares @ values[:, None]).flatten(0, 1))
+    return torch.cat(outs, dim=1)

@@ -1,0 +1,118 @@
+"""How far a pruned model's answers are from the dense model's: KL over the tokens of the answer,
+and how many would come out the same.
+
+The answer is fed to both (teacher forcing): the sample's own, or what the dense model says,
+greedily. Runs models; decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from yopo.calibration.sample import ANSWER, prompt_of, with_answer
+from yopo.counting.flops import Prompt
+from yopo.engine.visual_cache import VisualCache
+from yopo.models.trial import under
+from yopo.plan.pruning_plan import PruningPlan
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the dense model makes of one sample.
+
+    inputs: the prompt and, behind it, the answer without its last token.
+    answer: (1, m) ids. log_probabilities: (m, V) float32, of the token at each place of the answer.
+    prompt: where the image is.
+    """
+
+    inputs: dict[str, Any]
+    answer: Tensor
+    log_probabilities: Tensor
+    prompt: Prompt
+
+
+class Change(NamedTuple):
+    """What a plan changes, sample by sample. kl: (S,) float64, of the pruned model from the dense
+    one in nats, averaged over the answer's tokens. same: (S,) bool, at each of these tokens both
+    models' likeliest is the same."""
+
+    kl: Tensor
+    same: Tensor
+
+
+@torch.no_grad()
+def references(
+    model: nn.Module, samples: Iterable[dict[str, Any]], answer_tokens: int = 16
+) -> list[Reference]:
+    """The dense `model` (whatever its plan) on `samples`; where a sample has no answer, at most
+    `answer_tokens` greedy tokens are."""
+    made = []
+    with under(model, None):
+        for index, sample in enumerate(samples):
+            inputs = prompt_of(sample)
+            answer = sample.get(ANSWER)
+            if answer is None:
+                answer = _greedy(model, inputs, answer_tokens)
+            if answer.dim() != 2 or answer.shape[0] != 1 or answer.shape[1] == 0:
+                raise ValueError(
+                    f"{ANSWER} has shape {tuple(answer.shape)}; allowed: (1, tokens), not empty"
+                )
+            longer = with_answer(model, inputs, answer[:, :-1])
+            out = model(**longer, use_cache=True)
+            dense = out.logits[0, -answer.shape[1] :].float().log_softmax(-1)
+            if not isinstance(out.past_key_values, VisualCache):
+                raise ValueError(
+                    f"sample {index} (the first is 0) shows no image: calibrating takes prompts "
+                    "with one"
+                )
+            prompt = _prompt(out.past_key_values, answer.shape[1] - 1)
+            made.append(Reference(longer, answer, dense.cpu(), prompt))
+    return made
+
+
+@torch.no_grad()
+def divergence(model: nn.Module, plan: PruningPlan, known: Sequence[Reference]) -> Change:
+    """What `model` says under `plan` against what it says dense."""
+    kl, same = [], []
+    with under(model, plan):
+        for reference in known:
+            count = reference.answer.shape[1]
+            logits = model(**reference.inputs, use_cache=False).logits[0, -count:]
+            pruned, dense = logits.float().log_softmax(-1).cpu(), reference.log_probabilities
+            kl.append((dense.exp() * (dense - pruned)).sum(-1).double().mean())
+            same.append((dense.argmax(-1) == pruned.argmax(-1)).all())
+    return Change(torch.stack(kl), torch.stack(same))
+
+
+def _greedy(model: nn.Module, inputs: dict[str, Any], limit: int) -> Tensor:
+    """The (1, m) ids that `model` goes on with."""
+    given = dict(inputs)
+    ids = given.pop("input_ids", None)
+    if ids is not None:
+        # Without a mask generate() takes ids that equal pad_token_id for padding.
+        given.setdefault("attention_mask", torch.ones_like(ids))
+    made = model.generate(
+        *(() if ids is None else (ids,)),  # by place: LLaVA's generate calls it `inputs`
+        **given,
+        max_new_tokens=limit,
+        do_sample=False,
+        num_beams=1,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    # What stands before the new tokens is the prompt, a start token, or nothing, by family and
+    # version; there are as many scores as new tokens.
+    return made.sequences[:, -len(made.scores) :]
+
+
+def _prompt(cache: VisualCache, answered: int) -> Prompt:
+    """Where the image is in the sequence in `cache`, its last `answered` tokens left out."""
+    visual = cache.layout.visual[0]
+    n = len(visual) - answered
+    before = int(visual.int().argmax())
+    return Prompt(before, cache.layout.grids[0], n - before - int(visual.sum()))

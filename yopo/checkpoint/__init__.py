@@ -1,0 +1,1 @@
+"""Checkpoint folders on disk: config.json, weight files."""

@@ -1,0 +1,1 @@
+"""Checkpoints in their makers' own formats, turned into transformers' own."""

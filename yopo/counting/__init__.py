@@ -1,0 +1,1 @@
+"""FLOPs and bytes, dense and pruned. Numbers only; nothing is run."""

@@ -1,0 +1,2 @@
+"""The mathematics of a pruned pass: layouts, packed rows, attention, the cache. Knows no class of
+transformers."""

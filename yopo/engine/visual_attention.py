@@ -1,0 +1,310 @@
+"""Attention of visual queries: each sees the text before it and its neighbours on its own grid.
+
+Never n × n: an image is attended in bands of grid rows, each against these rows, the window around
+them and the text before; without a window (plain causal), or where a chunk cut an image in two, in
+blocks of queries. Tensors in, tensors out; knows nothing of models and weights. Paper: YOPO (arXiv
+2410.06169), section 3.1; released: attncut in modeling_llama_prune.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from yopo.engine.layout import VisualLayout
+from yopo.engine.packing import Packing
+from yopo.engine.text_attention import Sight, attend, heads
+from yopo.engine.visual_cache import HeadStore, VisualCache
+
+BAND_ROWS = 4  # grid rows of queries attended together
+BLOCK_QUERIES = 256  # visual queries attended together where there is no window
+
+
+@dataclass(frozen=True)
+class Band:
+    """Some queries of an image and the keys that they may see.
+
+    queries, keys: ranges of cells. mask: (G or 1, 1, Q, Tb + K) bool, text slots before the image,
+    then the cells.
+    some_text: (G or 1, 1, Q, 1) bool, False where no text precedes; None: always some.
+    """
+
+    queries: slice
+    keys: slice
+    mask: Tensor
+    some_text: Tensor | None
+
+
+@dataclass(frozen=True)
+class ImageGroup:
+    """G images of one grid and one number of cells, attended together, each within itself.
+
+    row: (G,) batch row.
+    slots: (G, cells) visual slots; None where images are the visual region, row by row.
+    packed: (G·cells,) packed visual rows in that order; None where that is all of them in order.
+    text_slots: Tb, how many text slots stand before any of the images.
+    """
+
+    row: Tensor
+    slots: Tensor | None
+    packed: Tensor | None
+    cells: int
+    text_slots: int
+    bands: tuple[Band, ...]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Visual queries against every slot of their row, some at a time; for no window, and for an
+    image cut by a chunk.
+
+    blocks: (query slots, mask (B, 1, Q, V + T) bool, some_text (B, 1, Q, 1) bool).
+    """
+
+    blocks: tuple[tuple[slice, Tensor, Tensor], ...]
+
+
+def visual_sight(
+    layout: VisualLayout,
+    visual: Packing,
+    cache: VisualCache,
+    valid: Tensor,
+    window: int | None,
+    window_causal: bool,
+) -> tuple[ImageGroup, ...] | Blocks:
+    """What each visual query of this forward sees. All tensors lie on the CPU.
+
+    `layout` describes the columns of this forward, whose tokens stand in the cache's slots already;
+    `cache.layout` the whole sequence; `valid` (B, length) bool.
+    """
+    # (rows, cols, cells) of images alike → (batch row, first packed row, first slot) of each
+    images: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
+    first_slot = cache.visual_order.shape[1] - visual.width
+    whole, packed = True, 0
+    for b, grids in enumerate(layout.grids):
+        columns = layout.visual[b].nonzero().flatten()
+        numbers, counts = layout.image[b, columns].unique_consecutive(return_counts=True)
+        at = 0
+        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+            start = columns[at]
+            whole = whole and int(layout.row[b, start]) == int(layout.col[b, start]) == 0
+            images.setdefault((*grids[number], count), []).append((b, packed + at, first_slot + at))
+            at += count
+        packed += at
+    if window is None or not whole:
+        return _blocks(visual, cache, valid, window, window_causal)
+    reach = (window - 1) // 2
+    return tuple(
+        _image_group(key, found, visual, cache, valid, reach, window_causal)
+        for key, found in images.items()
+    )
+
+
+def _image_group(
+    key: tuple[int, int, int],
+    found: list[tuple[int, int, int]],
+    visual: Packing,
+    cache: VisualCache,
+    valid: Tensor,
+    reach: int,
+    window_causal: bool,
+) -> ImageGroup:
+    rows, cols, cells = key
+    batch_row = torch.tensor([b for b, _, _ in found], device="cpu")
+    steps = torch.arange(cells, device="cpu")
+    slots = torch.tensor([slot for _, _, slot in found], device="cpu")[:, None] + steps
+    packed = (torch.tensor([at for _, at, _ in found], device="cpu")[:, None] + steps).flatten()
+    is_region = len(found) == visual.batch and cells == cache.visual_order.shape[1]
+
+    query_order = cache.visual_order[batch_row[:, None], slots]  # (G, cells)
+    text_order = cache.text_order[batch_row]  # (G, T)
+    text_alive = (text_order >= 0) & valid[batch_row].gather(1, text_order.clamp(min=0))
+    before = text_alive[:, None, :] & (
+        text_order[:, None, :] < query_order[:, -1:, None]
+    )  # of the last cell
+    seen_slots = before.any(1).any(0).nonzero()
+    n_text = int(seen_slots.max()) + 1 if len(seen_slots) else 0
+
+    row, col = steps // cols, steps % cols
+    bands = []
+    for first in range(0, rows, BAND_ROWS):
+        queries = slice(min(first * cols, cells), min((first + BAND_ROWS) * cols, cells))
+        keys = slice(max(0, (first - reach) * cols), min((first + BAND_ROWS + reach) * cols, cells))
+        if queries.start == queries.stop:
+            break
+        near = (row[queries, None] - row[None, keys]).abs() <= reach
+        near &= (col[queries, None] - col[None, keys]).abs() <= reach
+        if window_causal:
+            near &= steps[None, keys] <= steps[queries, None]
+        text = text_alive[:, None, :n_text] & (
+            text_order[:, None, :n_text] < query_order[:, queries, None]
+        )
+        same = bool((text == text[:1, :1]).all())
+        text = text[:1, :1].expand(1, near.shape[0], n_text) if same else text
+        some_text = text.any(-1)[:, None, :, None]
+        mask = torch.cat([text, near.expand(text.shape[0], -1, -1)], dim=2)[:, None]
+        bands.append(Band(queries, keys, mask, None if bool(some_text.all()) else some_text))
+    in_order = len(packed) == len(visual) and torch.equal(packed, packed.sort().values)
+    return ImageGroup(
+        row=batch_row,
+        slots=None if is_region else slots,
+        packed=None if in_order else packed,
+        cells=cells,
+        text_slots=n_text,
+        bands=tuple(bands),
+    )
+
+
+def _blocks(
+    visual: Packing, cache: VisualCache, valid: Tensor, window: int | None, window_causal: bool
+) -> Blocks:
+    order = torch.cat([cache.visual_order, cache.text_order], dim=1)  # (B, V + T)
+    n_visual = cache.visual_order.shape[1]
+    alive = (order >= 0) & valid.gather(1, order.clamp(min=0))
+    layout = cache.layout
+    place = {
+        name: getattr(layout, name).gather(1, order[:, :n_visual].clamp(min=0))
+        for name in ("image", "row", "col")
+    }
+    blocks = []
+    for start in range(0, visual.width, BLOCK_QUERIES):
+        queries = slice(start, min(start + BLOCK_QUERIES, visual.width))
+        at = slice(n_visual - visual.width + queries.start, n_visual - visual.width + queries.stop)
+        mine = order[:, at, None]  # (B, Q, 1)
+        cells = order[:, None, :n_visual] >= 0
+        if window is None or window_causal:
+            cells = cells & (order[:, None, :n_visual] <= mine)
+        if window is not None:
+            reach = (window - 1) // 2
+            cells = cells & (place["image"][:, at, None] == place["image"][:, None, :])
+            for axis in ("row", "col"):
+                cells = cells & (
+                    (place[axis][:, at, None] - place[axis][:, None, :]).abs() <= reach
+                )
+        text = order[:, None, n_visual:] < mine
+        mask = torch.cat([cells.expand(-1, mine.shape[1], -1), text], dim=2) & alive[:, None, :]
+        some_text = mask[:, :, n_visual:].any(-1)
+        mask |= mine < 0  # empty query slots: dropped later, but must not be NaN
+        blocks.append((queries, mask[:, None], some_text[:, None, :, None]))
+    return Blocks(tuple(blocks))
+
+
+def visual_attention(
+    q: Tensor,
+    visual: Packing,
+    store: HeadStore,
+    kv_index: Tensor | None,
+    sight: Sight,
+    seen: tuple[ImageGroup, ...] | Blocks,
+    scale: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Visual queries q, packed (N, H, D), over one store → (N, H, D)."""
+    if isinstance(seen, Blocks):
+        return _attend_blocks(q, visual, store, kv_index, sight, seen, scale, dropout)
+    if len(seen) == 1 and seen[0].packed is None:
+        return _attend_images(q, store, kv_index, sight, seen[0], scale, dropout)
+    out = torch.empty_like(q) if not q.requires_grad else torch.zeros_like(q)
+    for group in seen:
+        part = _attend_images(q[group.packed], store, kv_index, sight, group, scale, dropout)
+        out = out.index_copy(0, group.packed, part)
+    return out
+
+
+def _attend_images(
+    q: Tensor,
+    store: HeadStore,
+    kv_index: Tensor | None,
+    sight: Sight,
+    group: ImageGroup,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """q (G·cells, H, D), each image's cells against its window and the text before it."""
+    q = q.unflatten(0, (-1, group.cells)).transpose(1, 2)  # (G, H, cells, D)
+
+    def text(region: Tensor) -> Tensor:
+        region = region[:, :, : group.text_slots]
+        return heads(region if group.slots is None else region[group.row], kv_index)
+
+    def cells(region: Tensor, n_visual: int) -> Tensor:
+        region = region[:, :, :n_visual]
+        if group.slots is not None:
+            region = region[group.row[:, None], :, group.slots].transpose(1, 2)
+        return heads(region, kv_index)
+
+    text_k, text_v = text(store.text_keys), text(store.text_values)
+    if sight is not Sight.NOTHING:
+        cell_k = cells(store.keys, store.visual_keys)
+    if sight is Sight.ALL:
+        cell_v = cells(store.values, store.visual_values)
+    outs = []
+    for band in group.bands:
+        mine = q[:, :, band.queries]
+        mask = band.mask
+        if sight is Sight.NOTHING:
+            outs.append(
+                _attend_text(
+                    mine,
+                    text_k,
+                    text_v,
+                    mask[..., : group.text_slots],
+                    band.some_text,
+                    scale,
+                    dropout,
+                )
+            )
+            continue
+        k = torch.cat([text_k, cell_k[:, :, band.keys]], dim=2)
+        if sight is Sight.ALL:
+            v = torch.cat([text_v, cell_v[:, :, band.keys]], dim=2)
+        else:
+            v = F.pad(text_v, (0, 0, 0, k.shape[2] - group.text_slots))
+        outs.append(attend(mine, k, v, mask, scale, dropout))
+    return torch.cat(outs, dim=2).transpose(1, 2).flatten(0, 1)
+
+
+def _attend_blocks(
+    q: Tensor,
+    visual: Packing,
+    store: HeadStore,
+    kv_index: Tensor | None,
+    sight: Sight,
+    seen: Blocks,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    q = visual.pad(q)  # (B, H, Vw, D)
+    text_k, text_v = heads(store.text_keys, kv_index), heads(store.text_values, kv_index)
+    n_text = text_k.shape[2]
+    k = text_k if sight is Sight.NOTHING else heads(store.keys, kv_index)
+    v = heads(store.values, kv_index) if sight is Sight.ALL else text_v
+    outs = []
+    for queries, mask, some_text in seen.blocks:
+        mine = q[:, :, queries]
+        if sight is Sight.NOTHING:
+            outs.append(_attend_text(mine, k, v, mask[..., -n_text:], some_text, scale, dropout))
+        else:
+            outs.append(attend(mine, k, v, mask, scale, dropout))
+    return visual.unpad(torch.cat(outs, dim=2))
+
+
+def _attend_text(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    some_text: Tensor | None,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """Attention over the text before a visual query; 0 where there is none."""
+    if k.shape[2] == 0:
+        return torch.zeros_like(q)
+    if some_text is None:
+        return attend(q, k, v, mask, scale, dropout)
+    out = attend(q, k, v, mask | ~some_text, scale, dropout)
+    return torch.where(some_text, out, torch.zeros_like(out))

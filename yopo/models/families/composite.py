@@ -1,0 +1,230 @@
+"""What the families share: a model whose forward puts image features in the place of placeholder
+tokens, and the layout that follows from these. Holds no mathematics and changes nothing that the
+stock forward computes; knows no family."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from yopo.engine.layout import Grid, VisualLayout, call, during, told
+from yopo.engine.visual_cache import VisualCache
+from yopo.versions import llava_expects_images_in_ids
+
+# What may be shown → the argument of forward that brings its pixels.
+KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+@dataclass(frozen=True)
+class Image:
+    """The features of one image (tile, or video) in the order in which they take placeholders.
+
+    grids: (rows, cols) one after the other.
+    cells: for each feature whether it is a cell of these grids; if not, it is text (a newline).
+    """
+
+    grids: tuple[Grid, ...]
+    cells: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, *grids: Grid) -> Image:
+        """Grids and nothing between them."""
+        return cls(grids, (True,) * sum(rows * cols for rows, cols in grids))
+
+
+class Composite:
+    """Put before the stock class of a composite while a plan is applied; a family's file derives
+    from it. `self` is the live stock module."""
+
+    def token(self, kind: str) -> int:
+        """The id of the placeholder of an "image" or a "video"."""
+        raise NotImplementedError
+
+    def images(self, kind: str, given: Mapping[str, Any]) -> Sequence[Image]:
+        """The images (or videos) in the order in which they take placeholders, from the arguments
+        of forward, or of get_image_features, by name."""
+        raise NotImplementedError
+
+    # By kind the features encoded last, each with its image, until a forward has used them.
+    _yopo_encoded: Mapping[str, Sequence[tuple[Tensor, Image]]] = MappingProxyType({})
+
+    @classmethod
+    def instrument(cls, pruned: type, stock: type) -> None:
+        """Wraps, on the class `pruned` made of `stock`, what images come in through."""
+        pruned.forward = _wrap_forward(stock.forward)
+        for kind in KINDS:
+            if encode := getattr(stock, f"get_{kind}_features", None):
+                setattr(pruned, f"get_{kind}_features", _wrap_encode(encode, kind))
+
+    def _shown(self, given: Mapping[str, Any]) -> list[tuple[int, Sequence[Image]]]:
+        """For each kind of placeholder of which images are shown its id and the images."""
+        shown = []
+        for kind, pixels in KINDS.items():
+            encoded = (given.get("mm_encoder_outputs") or {}).get(kind)
+            if encoded is not None:
+                each = list(encoded.pooler_output)
+                images = [self._encoded_image(kind, features) for features in each]
+                if None in images:
+                    images = self.images(kind, {**given, pixels: each})
+            elif given.get(pixels) is not None and len(given[pixels]) > 0:
+                images = self.images(kind, given)
+            else:
+                continue
+            shown.append((self.token(kind), images))
+        return shown
+
+    def _encoded_image(self, kind: str, features: Tensor) -> Image | None:
+        """Which image `features` are of; None if they did not come from here."""
+        image = getattr(features, "yopo_image", None)
+        if image is None:  # on a copy, as hooks that move or cast make one, the note is lost
+            for original, of in self._yopo_encoded.get(kind, ()):
+                alike = original.shape == features.shape
+                if alike and torch.equal(original.to(features), features):
+                    return of
+        return image
+
+    def forget_encoded(self) -> None:
+        vars(self).pop("_yopo_encoded", None)
+
+    def _placeholders(self, given: Mapping[str, Any]) -> Callable[[int], Tensor]:
+        """Where (B, n) a token stands; by its embedding, if embeddings are all there is."""
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        if ids is not None:
+            return lambda token: (ids == token).cpu()
+        table = self.get_input_embeddings()
+
+        def places(token: int) -> Tensor:
+            mine = table(torch.tensor(token, device=embeds.device))
+            return (embeds == mine).all(-1).cpu()
+
+        return places
+
+
+def size_given(given: Mapping[str, Any], name: str) -> list[Any]:
+    """The argument that holds the images' sizes, as lists.
+
+    Raises ValueError where it is missing.
+    """
+    if given.get(name) is None:
+        raise ValueError(
+            f"images came without {name}: pass what the model's processor gives, whole (generate's "
+            "prefill_chunk_size loses it: leave that out)"
+        )
+    return torch.as_tensor(given[name]).tolist()
+
+
+def _arguments(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given.update(given.pop(parameter.name, {}))
+    return given
+
+
+def _wrap_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """The stock forward inside a call (layout.py) of the layout that its arguments have."""
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        visual = {name: kwargs.pop(name, None) for name in ("visual_mask", "visual_grids")}
+        if any(value is not None for value in visual.values()):
+            with during(told(**visual)):
+                return stock(self, *args, **kwargs)
+        given = _arguments(signature, self, *args, **kwargs)
+        shown = self._shown(given)
+        if not shown and given.get("inputs_embeds") is not None:
+            return stock(self, *args, **kwargs)  # foreign: nothing is known of them
+        if llava_expects_images_in_ids() and isinstance(given.get("past_key_values"), VisualCache):
+            args, kwargs = (), _embedded(self, signature, given)
+        try:
+            with call(_layout(self._placeholders(given), shown) if shown else None):
+                return stock(self, *args, **kwargs)
+        finally:
+            self.forget_encoded()
+
+    forward.__signature__ = signature  # generate() looks up there what it may pass
+    return forward
+
+
+def _embedded(model: Any, signature: inspect.Signature, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments `given` with embeddings for input_ids, where these show no image."""
+    itself = next(iter(signature.parameters))
+    told = {name: value for name, value in given.items() if name != itself}
+    if told.get("input_ids") is not None and told.get("pixel_values") is None:
+        told["inputs_embeds"] = model.get_input_embeddings()(told.pop("input_ids"))
+    return told
+
+
+def _wrap_encode(stock: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    """Notes on the features of each image which image they are of: generate() of 5.1x on encodes
+    first, and forward then gets neither pixels nor sizes."""
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def encode(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = stock(self, *args, **kwargs)
+        features = getattr(out, "pooler_output", None)
+        if isinstance(features, tuple | list):
+            images = self.images(kind, _arguments(signature, self, *args, **kwargs))
+            pairs = list(zip(features, images, strict=True))
+            for one, image in pairs:
+                one.yopo_image = image
+            kept = {kind: [(one.detach(), image) for one, image in pairs]}
+            self._yopo_encoded = {**self._yopo_encoded, **kept}
+        return out
+
+    encode.__signature__ = signature
+    return encode
+
+
+def _layout(
+    places: Callable[[int], Tensor], shown: Iterable[tuple[int, Sequence[Image]]]
+) -> VisualLayout | None:
+    """The layout of the rows; None if no visual token is among them.
+
+    Raises ValueError where the images do not fill the placeholders of the rows, each whole.
+    """
+    rows: list[list[tuple[int, Image]]] = []
+    visual = torch.zeros(0, 0, dtype=torch.bool)
+    for token, images in shown:
+        found = places(token)
+        if not rows:
+            rows, visual = [[] for _ in found], torch.zeros_like(found)
+        waiting = list(images)
+        for b, row in enumerate(found):
+            columns = row.nonzero().flatten()
+            at = 0
+            while at < len(columns):
+                image = waiting.pop(0) if waiting else None
+                if image is None or at + len(image.cells) > len(columns):
+                    raise ValueError(
+                        f"row {b} has {len(columns)} image tokens (id {token}), which the images "
+                        f"given do not fill: {at} are filled, and "
+                        + (f"the next has {len(image.cells)}" if image else "none is left")
+                        + " (features, by its size). Let the model's own processor make the "
+                        "prompt (it writes one token for each feature), and do not cut images, as "
+                        "generate's prefill_chunk_size does; with several images in a row also "
+                        "leave out num_beams and num_return_sequences (up to transformers 5.14 "
+                        "they mix up the images of a row)"
+                    )
+                here = columns[at : at + len(image.cells)]
+                visual[b, here] = torch.tensor(image.cells, dtype=torch.bool)
+                rows[b].append((int(here[0]), image))
+                at += len(here)
+        if waiting:
+            raise ValueError(
+                f"{len(waiting)} of {len(images)} images given have no image tokens (id {token}) "
+                "in the prompt: let the model's own processor make it"
+            )
+    # Images and videos of a row in the order of their places.
+    ordered = [[image for _, image in sorted(row, key=lambda item: item[0])] for row in rows]
+    grids = [[grid for image in row for grid in image.grids] for row in ordered]
+    return VisualLayout.from_mask(visual, grids) if visual.any() else None
