@@ -19,7 +19,8 @@ from yopo.calibration import neurons
 from yopo.calibration.collect import collect
 from yopo.calibration.divergence import divergence, references
 from yopo.calibration.head_rule import visual_ratio
-from yopo.commands.command_line import BadInput, main
+from yopo.commands.command_line import main
+from yopo.errors import BadInput
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.prompts.transformers_prompts import HfInputs
 from yopo.versions import attention_is_switchable

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from yopo.calibration import neurons
 from yopo.checkpoint.pruned_folder import write
 from yopo.checkpoint.shards import weight_files
-from yopo.commands.command_line import BadInput
+from yopo.errors import BadInput
 from yopo.plan.pruning_plan import PruningPlan
 
 ORDER = torch.stack(

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from yopo.calibration import neurons
 from yopo.checkpoint import shards
-from yopo.commands.command_line import BadInput, main
+from yopo.commands.command_line import main
 from yopo.convert import weight_stream as convert_stream
+from yopo.errors import BadInput
 from yopo.models.attach import ffn_order_of
 from yopo.plan.pruning_plan import PruningPlan
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from yopo.commands.command_line import BadInput
+from yopo.errors import BadInput
 from yopo.prompts.questions import Question, read_questions
 
 

@@ -38,7 +38,6 @@ from yopo.bench.memory import (
 )
 from yopo.bench.report import Arm, Probe, machine, result_of, save, table, timed
 from yopo.bench.simulation import simulate
-from yopo.commands.command_line import BadInput
 from yopo.counting.flops import Prompt
 from yopo.counting.presets import PRESETS, Shape, named_plan, with_masses
 from yopo.counting.setting import (
@@ -50,6 +49,7 @@ from yopo.counting.setting import (
 )
 from yopo.engine.layout import VisualLayout
 from yopo.engine.visual_cache import VisualCache
+from yopo.errors import BadInput
 from yopo.models import attach
 from yopo.plan.pruning_plan import MASSES, PruningPlan, split_masses
 from yopo.versions import attention_is_switchable, exchange_class, read_stock_cache

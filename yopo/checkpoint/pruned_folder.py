@@ -15,7 +15,7 @@ from torch import Tensor
 
 from yopo.calibration.neurons import FILE, permute_tensors, save_order
 from yopo.checkpoint.shards import Shard, read_json, weight_files
-from yopo.commands.command_line import BadInput
+from yopo.errors import BadInput
 from yopo.plan.pruning_plan import PruningPlan
 
 _RESULTS = ("statistics.safetensors", "headmask_*.npy", "search.csv", "pareto.png")

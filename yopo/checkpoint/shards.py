@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from yopo.commands.command_line import BadInput
+from yopo.errors import BadInput
 from yopo.plan.value_checks import json_object
 from yopo.versions import weights_only_is_safe
 

@@ -16,7 +16,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from yopo.commands.command_line import INTERRUPTED, BadInput
+from yopo.commands.command_line import INTERRUPTED
+from yopo.errors import BadInput
 
 RULES = ("released",)  # calibration.RULES, which takes seconds to import
 STATISTICS = "statistics.safetensors"

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from yopo.errors import BadInput
+
 _COMMANDS = {  # modules of yopo, of which only the one asked for is imported
     "infer": "answer a question about an image",
     "bench": "time ours against stock SDPA on random weights",
@@ -38,10 +40,6 @@ _RUN_HELP = "run a module or script, unchanged, with yopo's models in place of t
 
 
 INTERRUPTED = 130  # the exit code that shells give to a program stopped by Ctrl-C
-
-
-class BadInput(Exception):
-    """What the user gave cannot be used; its message says what, and the remedy."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,10 +11,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from yopo.commands.command_line import BadInput
 from yopo.counting.counts import counts
 from yopo.counting.presets import PRESETS
 from yopo.counting.setting import add_prompt_arguments, checkpoint_setting, preset_setting
+from yopo.errors import BadInput
 from yopo.plan.pruning_plan import MASSES
 
 _FLOPS = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1, "FLOP"))

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from yopo.commands.command_line import BadInput
+from yopo.errors import BadInput
 
 # Relative to the working directory, as the vision tower's path in the checkpoint is.
 DEFAULT_MODEL = "examples/tiny_llava/checkpoints/tiny-llava-v1-pruned"

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from yopo.checkpoint.config_file import Checkpoint
-from yopo.commands.command_line import BadInput
 from yopo.commands.count_flops import savings_table
 from yopo.counting.counts import counts
 from yopo.counting.setting import Setting, add_prompt_arguments, checkpoint_setting
+from yopo.errors import BadInput
 from yopo.plan.pruning_plan import PruningPlan
 
 _MOST_RUNS = 6  # of layers that keep equally many heads; more are summed up

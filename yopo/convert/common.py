@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from yopo.commands.command_line import BadInput
+from yopo.errors import BadInput
 from yopo.plan.pruning_plan import PruningPlan
 
 Make = Callable[[Tensor], Tensor]

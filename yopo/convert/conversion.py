@@ -29,9 +29,10 @@ except ImportError:  # of versions whose configs check no types
 from yopo import __version__
 from yopo.calibration import neurons
 from yopo.checkpoint.shards import Entry, Shard, read_json
-from yopo.commands.command_line import INTERRUPTED, BadInput
+from yopo.commands.command_line import INTERRUPTED
 from yopo.convert.common import Conversion, Make, local_folder
 from yopo.convert.weight_stream import Piece, finish, stream
+from yopo.errors import BadInput
 from yopo.versions import has_families
 
 _FORMATS = ("from_llava", "from_internvl")

@@ -17,9 +17,9 @@ import transformers
 from torch import Tensor
 
 from yopo.checkpoint.shards import weight_files
-from yopo.commands.command_line import BadInput
 from yopo.convert import internvl_text as prompts
 from yopo.convert.common import Conversion, Make, Names, as_it_is, plan_in, rope
+from yopo.errors import BadInput
 
 _COMMON = (
     "vocab_size",

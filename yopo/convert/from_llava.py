@@ -16,9 +16,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from yopo.checkpoint.shards import read_json, weight_files
-from yopo.commands.command_line import BadInput
 from yopo.convert import tokenizer_files as text
 from yopo.convert.common import Conversion, Make, Names, as_it_is, local_folder, plan_in, rope
+from yopo.errors import BadInput
 
 CONVERTS = "LLaVA-1.5 as llava-torch writes it (LlavaLlamaForCausalLM)"
 IMAGE = "<image>"

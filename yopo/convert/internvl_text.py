@@ -10,8 +10,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from yopo.commands.command_line import BadInput
 from yopo.convert import tokenizer_files as text
+from yopo.errors import BadInput
 
 _TOKENS = {
     "start_image_token": "<img>",

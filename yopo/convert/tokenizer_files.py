@@ -14,7 +14,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 
 from yopo.checkpoint.shards import read_json
-from yopo.commands.command_line import BadInput
+from yopo.errors import BadInput
 
 
 def load(folder: Path, names: tuple[str, ...]) -> Tokenizer:

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from yopo.checkpoint.shards import Shard
-from yopo.commands.command_line import BadInput
+from yopo.errors import BadInput
 
 Make = Callable[[Tensor], Tensor]
 

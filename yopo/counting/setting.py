@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass, replace
 
 from yopo.checkpoint.config_file import Checkpoint, Grid, read_checkpoint
-from yopo.commands.command_line import BadInput
 from yopo.counting.flops import Prompt
 from yopo.counting.presets import PRESETS, Shape, named_plan, with_masses
+from yopo.errors import BadInput
 from yopo.plan.pruning_plan import PruningPlan
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes of a weight or a cached number

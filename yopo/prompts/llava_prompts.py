@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from yopo.calibration.sample import ANSWER
-from yopo.commands.command_line import BadInput
+from yopo.errors import BadInput
 from yopo.prompts.questions import Question
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yopo.commands.command_line import BadInput
+from yopo.errors import BadInput
 
 LONGEST = 200  # characters of a path in a message; a data: URI has megabytes
 

@@ -1,0 +1,9 @@
+"""The errors that yopo raises of its own. Where Python's fit (ValueError for a value that cannot be,
+TypeError for a class that is not known), those are raised."""
+
+from __future__ import annotations
+
+
+class BadInput(Exception):
+    """A file, folder or setting that the user gave cannot be used; the message says what, and the
+    remedy. The command line prints it as one line."""
