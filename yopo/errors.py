@@ -1,5 +1,5 @@
-"""The errors that yopo raises of its own. Where Python's fit (ValueError for a value that cannot be,
-TypeError for a class that is not known), those are raised."""
+"""The errors that yopo raises of its own. Where Python's fit (ValueError for a value that cannot
+be, TypeError for a class that is not known), those are raised."""
 
 from __future__ import annotations
 
