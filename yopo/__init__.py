@@ -12,22 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from yopo.calibration.calibrate import calibrate
-    from yopo.models.attach import apply, plan_of, remove
+    from yopo.models.attach import applied, apply, remove
+    from yopo.models.parts import plan_of
     from yopo.plan.pruning_plan import PruningPlan
 
 __version__ = "0.1.0"
-__all__ = ["PruningPlan", "__version__", "apply", "calibrate", "plan_of", "remove"]
+__all__ = ["PruningPlan", "__version__", "applied", "apply", "calibrate", "plan_of", "remove"]
 
 _HOME = {
     "PruningPlan": ".plan.pruning_plan",
+    "applied": ".models.attach",
     "apply": ".models.attach",
     "calibrate": ".calibration.calibrate",
-    "plan_of": ".models.attach",
+    "plan_of": ".models.parts",
     "remove": ".models.attach",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "families":
+        return import_module("yopo.models.families")
     if name in _HOME:
         return getattr(import_module(_HOME[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,9 @@ import inspect
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -17,16 +20,23 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 __all__ = [
+    "CACHE_FIELD",
+    "CACHE_NAMES",
     "DynamicCache",
     "attention_is_switchable",
+    "attention_output",
     "auto_tokenizer_ignores_class",
+    "checkpoints_itself",
     "clear_dynamic_cache",
-    "exchange_class",
     "has_families",
+    "layer_returns_tuple",
     "llava_expects_images_in_ids",
     "modules_named",
+    "newer_than_tested",
+    "nothing_captured",
     "read_stock_cache",
     "require_families",
     "require_transformers",
@@ -82,6 +92,11 @@ def require_families(name: str) -> None:
         )
 
 
+def newer_than_tested() -> str | None:
+    """The version of transformers, if it is newer than any that yopo was tested with."""
+    return transformers.__version__ if _release()[:2] > NEWEST else None
+
+
 def weights_only_is_safe() -> bool:
     """Whether torch.load(weights_only=True) runs no code of the file: before torch 2.6 one could be
     made to (CVE-2025-32434)."""
@@ -97,6 +112,11 @@ def _unsupported(version: str) -> str | None:
     if release[:2] > NEWEST:
         return f"transformers {version} is newer than any that yopo was tested with"
     return None
+
+
+@cache
+def _release() -> tuple[int, ...]:
+    return Version(transformers.__version__).release
 
 
 def _dotted(release: tuple[int, ...]) -> str:
@@ -204,18 +224,43 @@ def clear_dynamic_cache(cache: Any) -> None:
 
 # -------------------------------------------------------------------------------------- classes
 
+# The argument of forward, and the field of an output, that a cache goes by: renamed in 5.24, which
+# takes the old name as an argument still.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE_FIELD = next(
+    name for name in CACHE_NAMES if name in BaseModelOutputWithPast.__dataclass_fields__
+)
 
-def exchange_class(module: nn.Module, cls: type) -> None:
-    """Makes a live module one of `cls`, whatever else goes by its class or its bound methods."""
-    module.__class__ = cls
-    if "_old_forward" in vars(module):  # accelerate's hooks call the bound method that they found
-        module._old_forward = cls.forward.__get__(module)
-    # Since 4.54 what a model can record (hidden states) is looked up by the name of the class that
-    # it was constructed as.
-    for name in ("transformers.utils.output_capturing", "transformers.utils.generic"):
-        registry = getattr(sys.modules.get(name), "_CAN_RECORD_REGISTRY", None)
-        if registry is not None:
-            dict.__setitem__(registry, str(cls), getattr(cls, "_can_record_outputs", None))
+
+def layer_returns_tuple() -> bool:
+    """Whether Llama's decoder layers return a tuple: before 4.54."""
+    return _release() < (4, 54)
+
+
+def attention_output(rows: Tensor) -> tuple[Any, ...]:
+    """What self-attention returns: its output, weights (None), and up to 4.47 the cache (None)."""
+    return (rows, None) if _release() >= (4, 48) else (rows, None, None)
+
+
+def checkpoints_itself(layer: nn.Module) -> bool:
+    """Whether a layer does its own gradient checkpointing when called: from 4.52 on."""
+    return hasattr(layer, "gradient_checkpointing")
+
+
+@contextmanager
+def nothing_captured() -> Iterator[None]:
+    """Within, transformers' hooks of 5.2 on, which collect what layers return as hidden states of a
+    model around the decoder, collect nothing: the rows of a pruned pass are packed."""
+    module = sys.modules.get("transformers.utils.output_capturing")
+    collector = getattr(module, "_active_collector", None)
+    if collector is None or collector.get() is None:
+        yield
+        return
+    token = collector.set(None)
+    try:
+        yield
+    finally:
+        collector.reset(token)
 
 
 def attention_is_switchable() -> bool:

@@ -16,7 +16,7 @@ from network import GRID, VISUAL, Reader
 from torch import Tensor
 
 from yopo.counting import flops
-from yopo.engine.forward import rotate
+from yopo.engine.layer import rotate
 from yopo.versions import rope
 
 Choose = Callable[[Tensor], Tensor]  # (q, 64) attention of the last token → (q, 64) scores

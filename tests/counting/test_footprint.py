@@ -13,8 +13,9 @@ from layouts import ROWS, SHAPE, build, cases, make_case, plans, shapes
 
 from yopo.counting.flops import count
 from yopo.counting.footprint import KVBytes, kv_bytes, weight_bytes
-from yopo.counting.pairs import packings, useful
+from yopo.counting.pairs import useful
 from yopo.counting.presets import Shape
+from yopo.engine.forward import packings
 from yopo.engine.layout import VisualLayout
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import read_stock_cache
@@ -37,7 +38,7 @@ def test_kv_bytes_are_those_of_the_cache_that_a_run_fills(data: st.DataObject) -
     model = build(shape, plan)
     with torch.no_grad():
         cache = model(**case.kwargs(), use_cache=True).past_key_values
-    text, visual = packings(VisualLayout.from_mask(case.visual, case.grids), case.valid)
+    text, visual = packings(VisualLayout.from_mask(case.visual, case.grids), case.valid, 0)
     sizes = shape_of(shape.config())
     counted = kv_bytes(sizes, plan, text.width, visual.width, batch, itemsize=4)
     assert sum(layer.filled for layer in counted) == cache.nbytes()

@@ -61,7 +61,7 @@ def columns(case: Case, start: int, stop: int, past: Any, grids: Any) -> dict[st
         inputs_embeds=case.inputs_embeds[:, start:stop],
         attention_mask=None if mask is None else mask[:, :stop],
         position_ids=None if positions is None else positions[:, start:stop],
-        visual_mask=visual if visual.any() else None,
+        visual_mask=visual,
         visual_grids=grids if visual.any() else None,
         past_key_values=past,
         use_cache=True,

@@ -7,7 +7,6 @@ image is.
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -141,10 +140,9 @@ def engine_model(record: dict[str, Any], plan: PruningPlan, **config: Any) -> An
     return model.eval()
 
 
-@pytest.mark.filterwarnings("ignore:.*sprompt_len")  # tested below
 @pytest.mark.parametrize("route", ["visual_mask", "released"])
 @pytest.mark.parametrize("name", CASES)
-def test_engine(name: str, route: str) -> None:
+def test_engine(name: str, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The image's place from the argument, and from sprompt_len alone as in the released code."""
     record, tensors = read(name)
     embeds = tensors["inputs_embeds"]
@@ -154,6 +152,7 @@ def test_engine(name: str, route: str) -> None:
     else:
         model = engine_model(record, plan_of(record, tensors), sprompt_len=record["S"])
         told = {}
+        monkeypatch.setenv("YOPO_LAYOUT", "released")
     with torch.no_grad():
         out = model(inputs_embeds=embeds, output_hidden_states=True, use_cache=True, **told)
         compare(out, out.hidden_states, tensors)
@@ -183,33 +182,37 @@ def test_engine_generates_the_recorded_tokens(name: str) -> None:
     assert torch.equal(tokens, tensors["decode_tokens"])
 
 
-def test_released_fallback_warns_once() -> None:
+@torch.no_grad()
+def test_embeddings_of_which_nothing_is_known_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     record, tensors = read("p6_t1")
     model = engine_model(record, plan_of(record, tensors), sprompt_len=record["S"])
-    with pytest.warns(UserWarning, match="sprompt_len") as caught, torch.no_grad():
-        for _ in range(2):
+    for setting in ("", "exact"):
+        monkeypatch.setenv("YOPO_LAYOUT", setting)
+        with pytest.raises(ValueError, match="Pass visual_mask .*YOPO_LAYOUT=released"):
             model(inputs_embeds=tensors["inputs_embeds"])
-    assert len([w for w in caught if "sprompt_len" in str(w.message)]) == 1
+    model = engine_model(record, plan_of(record, tensors))
+    with pytest.raises(ValueError, match="Pass visual_mask .* text alone$"):
+        model(inputs_embeds=tensors["inputs_embeds"])
 
 
 @torch.no_grad()
-def test_released_fallback_counts_from_the_first_valid_token() -> None:
+def test_released_fallback_counts_from_the_first_valid_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Rows padded on the left have their image later; rows too short for one have none."""
     record, tensors = read("p6_t1")
     embeds, n = tensors["inputs_embeds"], tensors["inputs_embeds"].shape[1]
     model = engine_model(record, plan_of(record, tensors), sprompt_len=record["S"])
+    monkeypatch.setenv("YOPO_LAYOUT", "released")
     rows = torch.zeros(3, n + 7, embeds.shape[2])
     mask = torch.zeros(3, n + 7, dtype=torch.long)
     rows[0, 7:], mask[0, 7:] = embeds[0], 1
     rows[1, :n], mask[1, :n] = embeds[0], 1
     rows[2, -50:], mask[2, -50:] = embeds[0, :50], 1
-    with pytest.warns(UserWarning, match="sprompt_len"):
-        logits = model(inputs_embeds=rows, attention_mask=mask).logits
+    logits = model(inputs_embeds=rows, attention_mask=mask).logits
     close(logits[0, 7:], tensors["logits"][0])
     close(logits[1, :n], tensors["logits"][0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nothing is assumed of 50 tokens
-        close(logits[2, -50:], model(inputs_embeds=embeds[:, :50]).logits[0])
+    close(logits[2, -50:], model(inputs_embeds=embeds[:, :50]).logits[0])
 
 
 def test_rotary_frequencies_are_the_recorded_ones() -> None:

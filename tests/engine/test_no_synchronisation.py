@@ -11,9 +11,10 @@ import torch
 from layouts import Shape, build, make_case
 
 from yopo.engine import forward as engine
-from yopo.engine import projections
+from yopo.engine import weights
 from yopo.engine.layout import VisualLayout
 from yopo.engine.visual_cache import VisualCache
+from yopo.models.layers import call_layer
 from yopo.plan.pruning_plan import MASSES, PruningPlan
 
 
@@ -34,23 +35,24 @@ def test_prefill_and_decode_run_without_content(
     ]
     case = make_case(rows, shape.heads * 8)
     model = build(shape, plan).model
-    stack = model._yopo_stack
+    plans = model._yopo_layer_plans
     meta = torch.device("meta")
     model.to(meta)
     # As on a real device: weights are there to be sliced, and layers compute where they lie.
-    monkeypatch.setattr(engine, "execution_device", lambda layer: meta)
-    monkeypatch.setattr(projections, "is_plain", lambda module: True)
+    monkeypatch.setattr(engine, "execution_device", lambda layer, default: meta)
+    monkeypatch.setattr(weights, "is_plain", lambda module: True)
 
     batch, n = case.visual.shape
     here = VisualLayout.from_mask(case.visual, case.all_grids)
     valid = case.attention_mask.bool()
-    cache = VisualCache.adopt(None, plan, batch, valid[:, :0], stack.kv_heads())
+    cache = VisualCache.adopt(None, plan, batch, valid[:, :0], plans.kv_heads())
     for columns, layout in ((n, here), (1, VisualLayout.empty(batch, 1).after(here))):
         embeds = torch.empty(batch, columns, model.config.hidden_size, device=meta)
-        angles = torch.empty(batch, columns, stack.head_dim, device=meta)
-        out = engine.run(
-            model.layers, stack, plan, layout, embeds, angles, angles, valid, cache, True, False
-        )
+        angles = torch.empty(batch, columns, plans.head_dim, device=meta)
+        with torch.no_grad():
+            index = engine.prepare(layout, valid, cache, plan)
+            how = engine.Run(call_layer, keep_cache=True)
+            out = engine.run(model.layers, plans, index, embeds, angles, angles, cache, how)
         assert out.shape == embeds.shape and out.is_meta
         valid = torch.cat([valid, torch.ones(batch, 1, dtype=torch.bool)], dim=1)
 

@@ -76,12 +76,11 @@ def test_causal_4d_masks_say_the_same_as_2d_ones(additive: bool, pads: tuple[int
 
 
 @torch.no_grad()
-def test_foreign_embeddings_are_text_and_that_is_said_once(arguments: dict[str, Any]) -> None:
+def test_embeddings_of_which_nothing_is_known_are_refused(arguments: dict[str, Any]) -> None:
     model = build(SHAPE, PLAN)
     embeds = arguments["inputs_embeds"]
-    with pytest.warns(UserWarning, match="taking it for text") as caught:
-        first, second = model(inputs_embeds=embeds), model(inputs_embeds=embeds)
-    assert len([w for w in caught if "visual_mask" in str(w.message)]) == 1
+    with pytest.raises(ValueError, match="nothing is known of these inputs_embeds .* visual_mask"):
+        model(inputs_embeds=embeds)
     nothing = torch.zeros(embeds.shape[:2], dtype=torch.bool)
-    told = model(inputs_embeds=embeds, visual_mask=nothing)
-    assert torch.equal(first.logits, told.logits) and torch.equal(second.logits, told.logits)
+    same_without = build(SHAPE)(inputs_embeds=embeds).logits
+    assert torch.equal(model(inputs_embeds=embeds, visual_mask=nothing).logits, same_without)

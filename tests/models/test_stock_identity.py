@@ -139,9 +139,10 @@ def test_seeded_construction(plan: PruningPlan | None) -> None:
 
 
 @torch.no_grad()
-def test_inputs_embeds_of_unknown_origin_are_text_without_sprompt_len(stock: Any) -> None:
-    embeds = stock.model.embed_tokens(IDS)
-    same(build(SHAPE, a_plan())(inputs_embeds=embeds), stock(inputs_embeds=embeds))
+def test_the_model_s_own_token_embeddings_are_text(stock: Any) -> None:
+    ours = build(SHAPE, a_plan())
+    embeds = ours.model.embed_tokens(IDS)
+    same(ours(inputs_embeds=embeds), stock(inputs_embeds=embeds))
 
 
 @pytest.mark.parametrize("n", [579, 600, 650])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from yopo.engine.forward import rotate
+from yopo.engine.layer import rotate
 from yopo.engine.layout import VisualLayout
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import rope

@@ -21,9 +21,11 @@ from tqdm import tqdm
 from yopo.calibration.sample import prompt_of
 from yopo.calibration.sample_statistics import Statistics, digest_of, fingerprint
 from yopo.engine import forward as engine
-from yopo.engine.forward import SEEN, Pass, Stack
+from yopo.engine.layer import Shared
+from yopo.engine.layer_plan import SEEN, LayerPlans
 from yopo.engine.layout import VisualLayout
 from yopo.engine.visual_cache import HeadStore, VisualCache
+from yopo.models.layers import call_layer
 from yopo.models.trial import stack_of, under
 
 BLOCK = 2**23  # scores held at a time
@@ -162,7 +164,7 @@ class _Watch:
         self.ffn_use: list[Tensor] = []
         self.text_tokens = self.visual_tokens = 0
         self._text_rows: list[Tensor] = []  # each layer's input, (rows, d), text and visual
-        self._pass: Pass | None = None
+        self._shared: Shared | None = None
 
     def __enter__(self) -> _Watch:
         self._exit = ExitStack()
@@ -183,18 +185,19 @@ class _Watch:
         self._text_rows.append(args[0])
 
     def _attention(
-        self, p: Pass, q: Tensor, visual_q: Tensor, stores: tuple[HeadStore, HeadStore]
+        self, shared: Shared, q: Tensor, visual_q: Tensor, stores: tuple[HeadStore, HeadStore]
     ) -> None:
         """q (T, H, D), visual_q (V, H, D); all keys are in the first store, visual ones first."""
-        if p.text.batch != 1:
+        index, scale = shared.index, shared.scale
+        if index.text.batch != 1:
             raise ValueError(
-                f"a sample has {p.text.batch} rows; calibrating takes prompts one by one: give "
+                f"a sample has {index.text.batch} rows; calibrating takes prompts one by one: give "
                 "each a batch of its own"
             )
-        if self._pass is None:
-            self._pass = p
+        if self._shared is None:
+            self._shared = shared
         store = stores[SEEN]
-        text_at, visual_at = (x.order[0].to(q.device) for x in (p.text, p.visual))
+        text_at, visual_at = (x.order[0].to(q.device) for x in (index.text, index.visual))
         keys_at = torch.cat([visual_at, text_at])
         n_visual = len(visual_at)
         behind = text_at > visual_at[0]  # the text queries with an image before them
@@ -202,14 +205,14 @@ class _Watch:
             raise ValueError("it has no text after the image: nothing is asked")
         keys = store.keys[0]
         of_text, of_visual = (
-            shares(rows, at, keys, keys_at, n_visual, p.scale).double()
+            shares(rows, at, keys, keys_at, n_visual, scale).double()
             for rows, at in ((q, text_at), (visual_q, visual_at))
         )
         received = of_text.sum(2) + of_visual.sum(2)  # (2, H)
         self.ratios.append((received[0] / received[1]).float().cpu())
         visual, text = of_text[:, :, behind]  # (H, Q) each
         self.visual_mass.append(visual.mean(1).float().cpu())
-        text_only = _text_outputs(q[behind], text_at[behind], store, text_at, p.scale)
+        text_only = _text_outputs(q[behind], text_at[behind], store, text_at, scale)
         weight = text_only.double().square().sum(-1)  # (H, Q)
         sums = torch.stack([(text * weight).sum(1), weight.sum(1)])
         self.text_share.append(sums.float().cpu())
@@ -225,27 +228,20 @@ class _Watch:
     def without_image_from_each_layer(self) -> Iterable[Tensor]:
         """For each layer C the last text row (d,), normed, if visual tokens leave at C: the text
         rows alone go on from there, at the places that they have in the whole prompt."""
-        p, layers = self._pass, self._stack.layers
-        n = len(p.text)
+        shared, layers = self._shared, self._stack.layers
+        n = len(shared.index.text)
         config = self._stack.config
-        whole = Stack.build(config, self._stack.yopo_plan)
-        cos, sin = (x[:n].transpose(0, 1) for x in (p.cos, p.sin))
+        plan = self._stack.yopo_plan
+        whole = LayerPlans.build(config, plan)
+        angles = [x[:n].transpose(0, 1) for x in (shared.cos, shared.sin)]
         valid = torch.ones(1, n, dtype=torch.bool, device="cpu")
+        how = engine.Run(call_layer, keep_cache=False)
         for cut in range(len(layers)):
-            rest = Stack(whole.plans[cut:], whole.neurons, whole.head_dim, 0.0)
-            rows = engine.run(
-                layers[cut:],
-                rest,
-                self._stack.yopo_plan,
-                VisualLayout.empty(1, n),
-                self._text_rows[cut][None, :n],
-                cos,
-                sin,
-                valid,
-                VisualCache.adopt(None, self._stack.yopo_plan, 1, valid[:, :0], rest.kv_heads()),
-                keep_cache=False,
-                training=False,
-            )
+            rest = LayerPlans(whole.plans[cut:], whole.neurons, whole.head_dim, 0.0)
+            cache = VisualCache.adopt(None, plan, 1, valid[:, :0], rest.kv_heads())
+            index = engine.prepare(VisualLayout.empty(1, n), valid, cache, plan)
+            text = self._text_rows[cut][None, :n]
+            rows = engine.run(layers[cut:], rest, index, text, *angles, cache, how)
             yield self._stack.norm(rows[:, -1:])[0, -1]
 
 

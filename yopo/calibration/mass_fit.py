@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from yopo.calibration.divergence import Reference, divergence
-from yopo.engine.forward import HeadGroup, Stack
+from yopo.engine.layer_plan import HeadGroup, LayerPlans
 from yopo.models.trial import stack_of, under
 from yopo.plan.pruning_plan import PruningPlan
 
@@ -65,12 +65,12 @@ def _descend(
     try:
         with under(model, plan), torch.enable_grad():
             stack = stack_of(model)
-            made = stack._yopo_stack
+            made = stack._yopo_layer_plans
             for step in trange(steps, desc="constants", disable=not progress):
                 optimizer.zero_grad()
                 for i in range(BATCH):
                     reference = known[(step * BATCH + i) % len(known)]
-                    stack._yopo_stack = _with(made, mass)
+                    stack._yopo_layer_plans = _with(made, mass)
                     (_kl(model, reference) / BATCH).backward()
                 optimizer.step()
                 with torch.no_grad():
@@ -88,8 +88,8 @@ def _kl(model: Any, reference: Reference) -> Tensor:
     return (dense.exp() * (dense - logits.float().log_softmax(-1))).sum(-1).mean()
 
 
-def _with(stack: Stack, mass: Tensor) -> Stack:
-    """`stack` with the constants `mass` (L, H), through which gradients flow."""
+def _with(made: LayerPlans, mass: Tensor) -> LayerPlans:
+    """`made` with the constants `mass` (L, H), through which gradients flow."""
 
     def place(group: HeadGroup, row: Tensor) -> HeadGroup:
         if group.text_mass is None:
@@ -103,6 +103,6 @@ def _with(stack: Stack, mass: Tensor) -> Stack:
             text=tuple(place(group, row) for group in layer.text),
             visual=tuple(place(group, row) for group in layer.visual),
         )
-        for layer, row in zip(stack.plans, mass, strict=True)
+        for layer, row in zip(made.plans, mass, strict=True)
     ]
-    return replace(stack, plans=plans)
+    return replace(made, plans=plans)

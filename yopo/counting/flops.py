@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from yopo.counting.pairs import Work, useful, useful_step
-from yopo.engine.forward import LayerPlan, Stack
+from yopo.engine.layer_plan import LayerPlan, LayerPlans
 from yopo.engine.layout import VisualLayout
 from yopo.engine.text_attention import Sight
 from yopo.plan.pruning_plan import PruningPlan
@@ -97,12 +97,12 @@ def _all(layout: VisualLayout) -> Tensor:
     return torch.ones(layout.shape, dtype=torch.bool)
 
 
-def stack_of(shape: Any, plan: PruningPlan | None) -> Stack:
+def stack_of(shape: Any, plan: PruningPlan | None) -> LayerPlans:
     """What each layer computes; None: as the dense model, where every head sees everything."""
     if plan is None:
         ones = torch.ones(shape.num_hidden_layers, shape.num_attention_heads, dtype=torch.bool)
         plan = PruningPlan(ones, head_mass="drop", cut_mass="drop")
-    return Stack.build(shape, plan)
+    return LayerPlans.build(shape, plan)
 
 
 def count(shape: Any, plan: PruningPlan | None, work: Work) -> list[LayerFlops]:

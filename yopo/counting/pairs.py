@@ -2,7 +2,7 @@
 those that the engine computes (`executed`), masked pairs, padding and whole bands included.
 
 Of a prefill and of the decode step after it. Layouts and index arithmetic only: no shapes, FLOPs or
-weights. What is executed is read off the bands that neighbours.py makes for the same layout.
+weights. What is executed is read off what the engine prepares for the same layout.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from functools import lru_cache
 
 from torch import Tensor
 
+from yopo.engine.forward import packings, prepare
 from yopo.engine.layout import VisualLayout
-from yopo.engine.packing import Packing
 from yopo.engine.text_attention import Sight
-from yopo.engine.visual_attention import Blocks, visual_sight
+from yopo.engine.visual_attention import Blocks
 from yopo.engine.visual_cache import VisualCache
 from yopo.plan.pruning_plan import PruningPlan
 
@@ -103,18 +103,17 @@ def useful_step(layout: VisualLayout, valid: Tensor) -> Work:
 
 
 def executed(layout: VisualLayout, valid: Tensor, plan: PruningPlan) -> Work:
-    """What engine.run computes in that prefill: text queries against every slot of their row, and
+    """What the engine computes in that prefill: text queries against every slot of their row, and
     visual queries, band by band, against every slot of the band."""
     batch = valid.shape[0]
-    text, visual = packings(layout, valid)
     cache = VisualCache.adopt(None, plan, batch, valid[:, :0], [])  # its places, no keys or values
-    cache.extend(layout, valid, text.order, visual.order)
+    index = prepare(layout, valid, cache, plan)
+    text, visual, sight = index.text, index.visual, index.visual_sight
     n_visual = visual.width
     pairs = batch * text.width
     mass_text = _products(pairs * text.width, pairs * n_visual)
     if text.width > 1:  # several queries at once: their values are padded with zeros
         mass_text[Sight.MASS] = mass_text[Sight.ALL]
-    sight = visual_sight(layout, visual, cache, valid, plan.window, plan.window_causal)
     own = others = valueless = 0
     if isinstance(sight, Blocks):
         for queries, _, _ in sight.blocks:
@@ -123,7 +122,7 @@ def executed(layout: VisualLayout, valid: Tensor, plan: PruningPlan) -> Work:
             others += count * n_visual
             valueless += count * n_visual * (queries.stop - queries.start == 1)
     else:
-        for group in sight:
+        for group in sight or ():
             for band in group.bands:
                 count = len(group.row) * (band.queries.stop - band.queries.start)
                 own += count * group.text_slots
@@ -134,18 +133,10 @@ def executed(layout: VisualLayout, valid: Tensor, plan: PruningPlan) -> Work:
 
 
 def executed_step(layout: VisualLayout, valid: Tensor) -> Work:
-    """What engine.run computes in the decode step after it: a query against every slot."""
+    """What the engine computes in the decode step after it: a query against every slot."""
     batch = valid.shape[0]
-    text, visual = packings(layout, valid)
+    text, visual = packings(layout, valid, 0)
     return Work(batch, 0, _products(batch * (text.width + 1), batch * visual.width), NO_ROWS)
-
-
-def packings(layout: VisualLayout, valid: Tensor) -> tuple[Packing, Packing]:
-    """Text and visual rows of a prefill as engine.run packs them; a cache has `width` slots of each
-    kind for every row."""
-    queries = valid.clone()
-    queries[:, -1] |= valid.any(1)  # next-token logits are read off the last column
-    return Packing.build(queries & ~layout.visual, 0), Packing.build(valid & layout.visual, 0)
 
 
 def stock(layout: VisualLayout) -> Work:

@@ -81,6 +81,10 @@ class HeadStore:
         """A store with the same content, whose `append(spare=False)` leaves this one as it is."""
         return copy(self)
 
+    def take(self, other: HeadStore) -> None:
+        """Holds what `other` holds."""
+        vars(self).update(vars(other))
+
     def select(self, index: Tensor) -> None:
         """Keeps the batch rows `index`, in that order (beams)."""
         if self._keys is not None:

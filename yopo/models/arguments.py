@@ -1,20 +1,183 @@
-"""What a model's forward was called with, resolved: padding, positions, and which of this call's
-columns are visual tokens. Checks arguments and refuses what cannot be right; computes nothing else.
+"""What a decoder's forward was called with, resolved: padding, positions, the cache, and which of
+this call's columns are visual tokens. Checks arguments and refuses what cannot be right; computes
+nothing else.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from yopo.engine.layout import RELEASED_GRID, Call, VisualLayout
-from yopo.engine.visual_cache import VisualCache
+from yopo.engine.layout import CALL, Call, Grid, VisualLayout, told
+from yopo.engine.visual_cache import VisualCache, refuse_foreign
+from yopo.models import known_layouts
+from yopo.models.exchange import parameters_of
+from yopo.models.layers import layer_in, stock_forward
 from yopo.plan.pruning_plan import PruningPlan
-from yopo.versions import sliding_window
+from yopo.versions import CACHE_NAMES, sliding_window
+
+# Arguments of a decoder that a pass knows, and those that say nothing to a decoder.
+_KNOWN = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "inputs_embeds",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "cache_position",
+    *CACHE_NAMES,
+}
+# What transformers' attention functions take beside; a pass computes attention by itself.
+_OF_ATTENTION = {"is_causal", "softcap", "sliding_window", "s_aux", "position_bias", "head_mask"}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A call with an image in it, or in its cache.
+
+    layout: of this call's n columns. valid: (B, past + n) bool on the CPU, False at padding.
+    inputs_embeds: (B, n, d). position_ids: (B, n), or (3, B, n) of M-RoPE. cache: to be filled;
+    keep_cache: and to be returned. checkpointing: activations are computed again in backward.
+    """
+
+    layout: VisualLayout
+    valid: Tensor
+    inputs_embeds: Tensor
+    position_ids: Tensor
+    cache: VisualCache
+    keep_cache: bool
+    checkpointing: bool
+    output_hidden_states: bool
+    return_dict: bool
+
+
+def resolve(
+    decoder: Any,
+    stock: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    visual_mask: Tensor | None,
+    visual_grids: Sequence[Sequence[Grid]] | None,
+) -> Resolved | None:
+    """What `decoder`, which has a plan, was called with; None where stock's own forward, the bound
+    `stock`, is to run: no visual token is among the columns of this call or in the cache.
+
+    Raises ValueError where a pruned pass cannot be right.
+    """
+    given = dict(zip(parameters_of(stock.__func__), args, strict=False)) | dict(kwargs)
+    ids, embeds, cache = given.get("input_ids"), given.get("inputs_embeds"), cache_of(given)
+    if (ids is None) == (embeds is None):
+        return None  # stock knows what to say of it
+    batch, n = (ids if embeds is None else embeds).shape[:2]
+    past = past_length(cache)
+    layout = known_of(decoder, visual_mask, visual_grids, embeds, cache, past, (batch, n))
+    if layout is None and not isinstance(cache, VisualCache):
+        return None
+    refuse_foreign(cache)
+    if isinstance(cache, VisualCache):
+        cache.check(decoder.yopo_plan, batch)
+    mask = given.get("attention_mask")
+    if isinstance(mask, dict):
+        raise ValueError(
+            "attention_mask is a dict of masks made for a static or sliding cache, which a pruned "
+            "pass over an image cannot fill: generate without cache_implementation"
+        )
+    valid = valid_tokens(mask, cache, batch, past, n)
+    layout = layout_of(layout, cache, past, valid[:, past:])
+    if not layout.visual.any() and not isinstance(cache, VisualCache):
+        return None
+    _refuse(decoder, given, layout, cache, past + n)
+    checkpointing = decoder.gradient_checkpointing and decoder.training and torch.is_grad_enabled()
+    if checkpointing and cache is not None:
+        raise ValueError(
+            "past_key_values is given, but with gradient checkpointing layers run twice and "
+            "nothing can be cached: pass past_key_values=None"
+        )
+    embeds = decoder.embed_tokens(ids) if embeds is None else embeds
+    places = given.get("position_ids")
+    places = positions(places, batch, past, n, embeds.device, mask is not None)
+    use_cache = _flag(given, "use_cache", decoder.config)
+    kv_heads = decoder._yopo_layer_plans.kv_heads()
+    adopted = VisualCache.adopt(cache, decoder.yopo_plan, batch, valid[:, :past], kv_heads)
+    return Resolved(
+        layout=layout,
+        valid=valid,
+        inputs_embeds=embeds,
+        position_ids=places,
+        cache=adopted,
+        keep_cache=(use_cache and not checkpointing) or cache is not None,
+        checkpointing=checkpointing,
+        output_hidden_states=_flag(given, "output_hidden_states", decoder.config),
+        return_dict=given.get("return_dict") is not False,
+    )
+
+
+def cache_of(given: Mapping[str, Any]) -> Any:
+    """The cache among arguments by name, whatever this transformers calls it."""
+    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+
+
+def _flag(given: Mapping[str, Any], name: str, config: Any) -> Any:
+    return getattr(config, name, False) if given.get(name) is None else given[name]
+
+
+def _refuse(
+    decoder: Any, given: Mapping[str, Any], layout: VisualLayout, cache: Any, length: int
+) -> None:
+    """Raises ValueError for what a pruned pass cannot give, or would silently get wrong."""
+    plan, config = decoder.yopo_plan, decoder.config
+    if len(decoder.layers) != plan.num_layers:
+        raise ValueError(
+            f"the plan is for {plan.num_layers} layers, but the model has {len(decoder.layers)} "
+            f"(its config says {config.num_hidden_layers}): layers were taken out or added after "
+            "the plan was put on. Apply a plan for as many"
+        )
+    attentions, states = (
+        _flag(given, name, config) for name in ("output_attentions", "output_hidden_states")
+    )
+    refuse_outputs_and_packing(attentions, states, given)
+    _refuse_unknown(decoder, given)
+    refuse_split_image(plan, layout, cache)
+    refuse_long_for_window(config, length)
+    dropout = _dropout_in(layer_in(decoder.layers[0])) if decoder.training else None
+    if dropout is not None:
+        raise ValueError(
+            f"{dropout} drops values (resid_pdrop or hidden_dropout in the config): a pruned pass "
+            "has no dropout but attention's. Train with 0, or without the plan"
+        )
+
+
+def _dropout_in(layer: nn.Module) -> str | None:
+    """The name of a dropout of a layer that a pruned pass leaves out; those of attention, and of
+    adapters inside projections, it does not."""
+    for name, module in layer.named_modules():
+        known = ("attention_dropout" in name) or any(p.endswith("_proj") for p in name.split("."))
+        if isinstance(module, nn.Dropout) and module.p > 0 and not known:
+            return name
+    return None
+
+
+def _refuse_unknown(decoder: Any, given: Mapping[str, Any]) -> None:
+    unknown = [name for name in given if name not in _KNOWN and given[name] is not None]
+    if not unknown:
+        return
+    layer = layer_in(decoder.layers[0])
+    meant = set(_OF_ATTENTION)
+    for module in (decoder, layer, layer.self_attn):
+        meant.update(parameters_of(stock_forward(module)))
+    refused = [name for name in unknown if name in meant and name not in ("args", "kwargs")]
+    if refused:
+        raise ValueError(
+            f"{', '.join(refused)}: a pruned pass over an image does not know what this argument "
+            f"of {type(decoder).__name__} does. Leave it out, or take the plan off (yopo.remove)"
+        )
 
 
 def past_length(cache: Any) -> int:
@@ -96,58 +259,71 @@ def refuse_long_for_window(config: Any, length: int) -> None:
         )
 
 
-def may_show_image(
-    known: Call | None, cache: Any, past: int, batch: int, n: int, embedded: bool, config: Any
-) -> bool:
-    """Whether visual tokens may be among these (batch, n) tokens or those cached; if not, the call
-    is stock's, whatever its other arguments are. `embedded`: they came as inputs_embeds."""
-    if isinstance(cache, VisualCache):
-        return True
-    if known is None:
-        released = embedded and past == 0 and getattr(config, "sprompt_len", None) is not None
-        return released and n >= config.sprompt_len + RELEASED_GRID[0] * RELEASED_GRID[1]
-    if known.visual_mask is None:
-        # A prompt's layout is one of embeddings: ids without a cache are another call's.
-        return embedded and known.layout is not None
-    if past == 0 and tuple(known.visual_mask.shape) != (batch, n):
-        raise ValueError(other_shape(known.visual_mask, batch, n))
-    return bool(known.visual_mask.any())
+def known_of(
+    decoder: Any,
+    visual_mask: Tensor | None,
+    visual_grids: Sequence[Sequence[Grid]] | None,
+    embeds: Tensor | None,
+    cache: Any,
+    past: int,
+    shape: tuple[int, int],
+) -> Call | VisualLayout | int | None:
+    """What is known of the visual tokens of this call's (B, n) columns; None: there are none; a
+    number: the released guess, an image after so many tokens.
 
+    In this order: the masks given; what a composite's forward says of this very call; token ids,
+    which are text; what is remembered of these embeddings; one token after an image, which is text;
+    the released guess, where the user asks for it (YOPO_LAYOUT=released).
 
-def warn_of_foreign_embeddings(n: int, config: Any) -> bool:
-    """Says what inputs_embeds (B, n, d) that nobody described are taken for; whether it did."""
-    sprompt_len = getattr(config, "sprompt_len", None)
-    if sprompt_len is None:
-        taken = "it for text"
-    elif n < sprompt_len + RELEASED_GRID[0] * RELEASED_GRID[1]:
-        return False
-    else:
-        taken = (
-            f"the visual tokens to be one 24 × 24 image after sprompt_len={sprompt_len} tokens, "
-            "as the released code does"
-        )
-    warnings.warn(
-        f"inputs_embeds of {n} tokens came without visual_mask: taking {taken}. Pass visual_mask "
-        "(batch, tokens) to say where the visual tokens are",
-        stacklevel=3,
+    Raises ValueError for embeddings of which nothing is known.
+    """
+    batch, n = shape
+    known = CALL.get()
+    if visual_mask is not None or visual_grids is not None:
+        known = told(visual_mask, visual_grids)
+    if known is not None and known.visual_mask is not None:
+        if past == 0 and tuple(known.visual_mask.shape) != shape:
+            raise ValueError(other_shape(known.visual_mask, batch, n))
+        return known if isinstance(cache, VisualCache) or known.visual_mask.any() else None
+    if embeds is None:
+        return None
+    if known is not None:
+        return known.layout
+    layout = known_layouts.recall(embeds, past)
+    if layout is not None:
+        return layout
+    if n == 1:
+        return None
+    guess = getattr(decoder.config, "sprompt_len", None)
+    if os.environ.get("YOPO_LAYOUT") == "released" and guess is not None and past == 0:
+        return int(guess)
+    otherwise = (
+        f"; or set YOPO_LAYOUT=released, which takes one 24 × 24 image after {guess} tokens for "
+        "granted, as the released code does"
     )
-    return True
+    raise ValueError(
+        f"nothing is known of these inputs_embeds of {n} tokens: neither LLaVA's prepare method "
+        "nor the model's token embeddings made them, or they were changed since. Pass visual_mask "
+        "(batch, tokens), True at the visual tokens, all False for text alone"
+        + ("" if guess is None else otherwise)
+    )
 
 
-def resolve_layout(
-    known: Call | None, cache: Any, past: int, valid: Tensor, config: Any
+def layout_of(
+    known: Call | VisualLayout | int | None, cache: Any, past: int, valid: Tensor
 ) -> VisualLayout:
     """The layout of the columns of this forward; `valid` (B, n) bool is False at padding."""
     batch, n = valid.shape
     before = cache.layout if isinstance(cache, VisualCache) else VisualLayout.empty(batch, past)
-    if known is not None and known.visual_mask is not None:
-        layout = _from_user(known, before, past, n, batch)
-    elif known is not None:
-        layout = _from_prompt(known.layout, before, past, n, batch)
-    elif past == 0:
-        layout = VisualLayout.from_released(valid, config.sprompt_len)
-    else:
+    if known is None:
         layout = VisualLayout.empty(batch, n)
+        layout = layout.after(before)
+    elif isinstance(known, Call):
+        layout = _from_user(known, before, past, n, batch)
+    elif isinstance(known, int):
+        layout = VisualLayout.from_released(valid, known)
+    else:
+        layout = known.after(before) if past else known
     if bool((layout.visual & ~valid).any()):
         b, j = (layout.visual & ~valid).nonzero()[0].tolist()
         raise ValueError(
@@ -185,28 +361,6 @@ def _from_user(known: Call, before: VisualLayout, past: int, n: int, batch: int)
         None if grids is None else [g[len(b) :] for g, b in zip(grids, before.grids, strict=True)]
     )
     return VisualLayout.from_mask(new, later, before)
-
-
-def _from_prompt(
-    layout: VisualLayout | None, before: VisualLayout, past: int, n: int, batch: int
-) -> VisualLayout:
-    """The columns of this forward, of the layout that LLaVA's prompt has."""
-    if layout is None:
-        return VisualLayout.empty(batch, n)
-    rows, width = layout.shape
-    if batch % rows:
-        raise ValueError(
-            f"the prompt's layout has {rows} rows, which the batch of {batch} is no multiple of"
-        )
-    layout = layout.repeat_interleave(batch // rows)
-    if width == n:
-        return layout.after(before) if past else layout
-    if not torch.equal(layout.visual[:, :past], before.visual[:, :width]):
-        raise ValueError(
-            f"the cache holds {past} tokens whose visual tokens are not those of this prompt of "
-            f"{width}: start again with past_key_values=None"
-        )
-    return layout.columns(past, past + n)
 
 
 def refuse_split_image(plan: PruningPlan, layout: VisualLayout, cache: Any) -> None:

@@ -1,86 +1,118 @@
-"""apply and remove: prune a model that is loaded already, and restore it exactly.
+"""apply, remove and applied: prune a model that is loaded already, and restore it exactly.
 
-The classes of live modules are exchanged for ones with the mixins of modeling_llama_prune.py and
-families/; no weight is touched. Replacing the classes before a model is built is patch.py's.
+The classes of live modules are exchanged (exchange.py) for ones with the mixins of decoder.py,
+causal_lm.py, layers.py and families/; no weight is touched. Models that are being built from a
+config with a plan come by patch.py.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
-from transformers import PreTrainedModel
 
-from yopo import modeling_llama_prune as prune
 from yopo.models import families
-from yopo.models.original_llava import instrument, is_llava
+from yopo.models.decoder import PrunedDecoder
+from yopo.models.exchange import Exchanged, derive, put, stock_of
+from yopo.models.parts import Parts, plan_of, refuse_foreign
+from yopo.models.probe import probe
+from yopo.models.replaced import replaced_forward
 from yopo.plan.pruning_plan import RELEASED_FIELDS, PruningPlan
-from yopo.versions import exchange_class, require_transformers
+from yopo.versions import require_transformers
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_CLASSES: dict[tuple[type, ...], type] = {}  # bases → the class made of them
 _PLAN_FIELDS = ("yopo", *RELEASED_FIELDS)
 
 
-def apply(model: Model, plan: PruningPlan) -> Model:
+def apply(model: Model, plan: Any) -> Model:
     """Prunes `model` in place by `plan` and returns it; its config carries the plan from now on.
 
     `model`: a LlamaForCausalLM, a LLaVA model built on one, a model of one of families/, or a
-    wrapper around such (PEFT, DDP). Once more with the same plan changes nothing; with another,
-    replaces it.
+    wrapper around such (PEFT, DDP). `plan`: a PruningPlan, or what has one as `.plan`, as
+    `yopo.calibrate` returns. Once more with the same plan changes nothing; with another, replaces
+    it.
 
     Raises ValueError if the plan does not fit the model, TypeError if the model is of no family
-    that yopo knows or its layers are not of the kind that it computes, ImportError if it asks for a
-    flash-attn that is not there or its family for a newer transformers.
+    that yopo knows or its layers are not of the kind that it computes (probe.py), ImportError if it
+    asks for a flash-attn that is not there or its family for a newer transformers. The model is
+    then as it was.
     """
     require_transformers()
+    plan = getattr(plan, "plan", plan)
     if not isinstance(plan, PruningPlan):
         raise TypeError(f"plan is a {type(plan).__name__}; apply takes a yopo.PruningPlan")
     parts = Parts.of(model)
-    outer, stack = parts.outer, parts.stack
+    outer, decoder = parts.outer, parts.decoder
     plan.validate(outer.config)
-    _refuse_foreign_layers(outer, stack)
-    _refuse_other_order(outer.config, stack, plan)
+    refuse_foreign(parts)
+    _refuse_other_order(outer.config, decoder, plan)
     for module in (outer, *parts.modules):
-        if "forward" in vars(module) and "_old_forward" not in vars(module):
-            raise ValueError(
-                f"the forward of this {type(module).__name__} was replaced on the instance (as "
-                "accelerator.prepare does), which would go on running the unpruned one: apply the "
-                "plan first"
-            )
+        _refuse_replaced(module)
+    before = getattr(decoder, "yopo_plan", None)
+    try:
+        put_plan(parts, plan)
+        probe(decoder, PrunedDecoder)
+    except BaseException:
+        _restore(parts, before)
+        raise
     if not hasattr(outer, "_yopo_before"):
-        classes = tuple(map(type, parts.modules))
-        loaded = getattr(stack, "yopo_plan", None)
-        outer._yopo_before = (classes, loaded, [_plan_fields(c) for c in _configs(outer)])
-    _keep_ffn_order(outer.config, stack)
-    prune_parts(parts, plan)
+        outer._yopo_before = (before, [_plan_fields(c) for c in _configs(outer)])
+    _keep_ffn_order(outer.config, decoder)
     for config in _configs(outer):  # a block elsewhere would come back with one version or another
         vars(config).pop("yopo", None)
     plan.save_to(outer.config)
     return model
 
 
-def prune_parts(parts: Parts, plan: PruningPlan) -> None:
+@contextmanager
+def applied(model: Model, plan: Any) -> Iterator[Model]:
+    """`model` under `plan` within the block, and afterwards as it was before: without a plan, or
+    with the one that it had."""
+    outer = Parts.of(model).outer
+    had, before = hasattr(outer, "_yopo_before"), plan_of(model)
+    apply(model, plan)
+    try:
+        yield model
+    finally:
+        if had:
+            apply(model, before)
+        else:
+            remove(model)
+
+
+def put_plan(parts: Parts, plan: PruningPlan) -> None:
     """Exchanges the classes and sets the plan; the config is the caller's to write."""
     for module, pruned in zip(parts.modules, parts.pruned_classes(), strict=True):
-        exchange_class(module, pruned)
-    parts.stack.set_plan(plan)
+        put(module, pruned)
+    parts.decoder.set_plan(plan)
 
 
 def prune_loaded(model: Any) -> None:
-    """Prunes a model of families/ that is being built from a config with a plan; leaves any other
-    alone. For patch.py, which calls it of every model."""
-    if families.name_of(model) is None or families.composite_of(model) is not model:
+    """Prunes a model that is being built from a config with a plan: a decoder, or an outer model
+    around one. Leaves a model without a plan alone. patch.py calls it of every model.
+
+    Raises TypeError, naming its class, for a model with a plan that yopo cannot prune.
+    """
+    config = getattr(model, "config", None)
+    plan = None if config is None else PruningPlan.from_config(config)
+    if plan is None or (plan_of(model) == plan and _is_put(model)):
         return
-    plan = PruningPlan.from_config(model.config)
-    if plan is not None:
-        parts = Parts.of(model)
-        _refuse_foreign_layers(model, parts.stack)
-        prune_parts(parts, plan)
+    if families.is_decoder(model):
+        put(model, derive(PrunedDecoder, type(model)))
+        model.set_plan(plan)
+        return
+    parts = Parts.of(model)
+    if parts.outer is model:
+        refuse_foreign(parts)
+        put_plan(parts, plan)
+
+
+def _is_put(model: Any) -> bool:
+    return isinstance(model, Exchanged)
 
 
 def remove(model: Model) -> Model:
@@ -91,24 +123,14 @@ def remove(model: Model) -> Model:
     bring the plan back.
     """
     parts = Parts.of(model)
-    outer, stack = parts.outer, parts.stack
+    outer, decoder = parts.outer, parts.decoder
     configs = _configs(outer)
-    _keep_ffn_order(outer.config, stack)
+    _keep_ffn_order(outer.config, decoder)
+    loaded, fields = None, [{} for _ in configs]
     if hasattr(outer, "_yopo_before"):
-        classes, loaded, fields = outer._yopo_before
-        del outer._yopo_before
-    else:
-        classes, loaded = tuple(_stock_of(type(module)) for module in parts.modules), None
-        fields = [{} for _ in configs]
-    if hasattr(parts.teller, "forget_encoded"):
-        parts.teller.forget_encoded()
-    if isinstance(stack, prune.PrunedModelMixin):
-        stack.set_plan(loaded)
-        if loaded is None:
-            for attribute in ("yopo_plan", "_yopo_stack"):
-                vars(stack).pop(attribute, None)
-    for module, cls in zip(parts.modules, classes, strict=True):
-        exchange_class(module, cls)
+        loaded, fields = outer._yopo_before
+    _restore(parts, loaded)
+    vars(outer).pop("_yopo_before", None)
     for config, values in zip(configs, fields, strict=True):
         for name in _PLAN_FIELDS:
             if name in vars(config):
@@ -118,49 +140,30 @@ def remove(model: Model) -> Model:
     return model
 
 
-def plan_of(model: nn.Module) -> PruningPlan | None:
-    """The plan that `model` runs under, or None."""
-    for module in model.modules():
-        if isinstance(module, prune.PrunedModelMixin):
-            return module.yopo_plan
-    return None
+def _restore(parts: Parts, plan: PruningPlan | None) -> None:
+    """The classes for `plan`; None: stock's."""
+    decoder = parts.decoder
+    if plan is not None:
+        put_plan(parts, plan)
+        return
+    if hasattr(parts.teller, "forget_encoded"):
+        parts.teller.forget_encoded()
+    if isinstance(decoder, PrunedDecoder):
+        decoder.set_plan(None)
+    for module in parts.modules:
+        put(module, stock_of(type(module)))
+    for name in ("yopo_plan", "yopo_probed", "_yopo_layer_plans"):
+        vars(decoder).pop(name, None)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What of a model a plan concerns.
-
-    outer: the outermost transformers model, whose config holds the plan.
-    stack: its decoder stack.
-    teller: the module that tells the stack where the visual tokens are.
-    """
-
-    outer: Any
-    stack: Any
-    teller: Any
-
-    @property
-    def modules(self) -> tuple[Any, Any]:
-        return self.stack, self.teller
-
-    @classmethod
-    def of(cls, model: Any) -> Parts:
-        """Raises TypeError if the model is of no family that yopo knows."""
-        modules = model.modules() if isinstance(model, nn.Module) else ()
-        # The outermost one: a Llama inside another family's model is that family's.
-        outer = next((module for module in modules if isinstance(module, PreTrainedModel)), model)
-        if isinstance(outer, prune.StockLlamaForCausalLM):
-            return cls(outer, outer.model, outer)
-        if families.name_of(outer) is None:
-            raise families.unknown(outer)
-        composite = families.composite_of(outer)
-        return cls(outer, families.text_stack_of(composite), composite)
-
-    def pruned_classes(self) -> tuple[type, type]:
-        stack = _with_mixin(type(self.stack), prune.PrunedModelMixin)
-        if isinstance(self.teller, prune.StockLlamaForCausalLM):
-            return stack, _pruned_causal(type(self.teller))
-        return stack, _pruned_composite(type(self.teller), families.family_of(self.teller))
+def _refuse_replaced(module: nn.Module) -> None:
+    replaced = replaced_forward(module)
+    if replaced is not None:
+        raise ValueError(
+            f"the forward of this {type(module).__name__} was replaced on the instance (as "
+            "accelerator.prepare does), which would go on running the unpruned one: apply the "
+            "plan first"
+        )
 
 
 def _configs(outer: Any) -> list[Any]:
@@ -174,101 +177,31 @@ def _plan_fields(config: Any) -> dict[str, Any]:
     return {name: copy.deepcopy(vars(config)[name]) for name in present}
 
 
-def _refuse_foreign_layers(outer: Any, stack: Any) -> None:
-    """Raises TypeError where the layers lack what engine.py calls or have what it does not compute,
-    ImportError where the unpruned calls would need a flash-attn that is not there."""
-    layer = stack.layers[0]
-    wanted = {
-        "self_attn": ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"qkv_proj", "o_proj"}),
-        "mlp": ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}),
-    }
-    quantised = getattr(getattr(outer, "config", None), "quantization_config", None)
-    why = f" (quantised: {quantised})" if quantised is not None else ""
-    for name, choices in wanted.items():
-        module = getattr(layer, name, None)
-        has = set() if module is None else set(module._modules)
-        if not any(choice <= has for choice in choices):
-            raise TypeError(
-                f"the layers of this {type(stack).__name__} have as {name} a "
-                f"{type(module).__name__} without {' or '.join(map(str, map(sorted, choices)))}"
-                f"{why}: fused or replaced layers cannot be pruned; load it without"
-            )
-        if extra := sorted(has & {"q_norm", "k_norm"}):
-            raise TypeError(
-                f"the {type(module).__name__} of this {type(stack).__name__} has {extra}: norms "
-                "of queries and keys are not computed by a pruned pass"
-            )
-    chosen = getattr(stack.config, "_attn_implementation", None)
-    if chosen == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise ImportError(
-            "the model asks for attn_implementation='flash_attention_2', but flash-attn is not "
-            "installed: load it with attn_implementation='sdpa' (a pruned pass uses SDPA anyway)"
-        )
-
-
 def ffn_order_of(model: Any) -> str | None:
     """The order that the FFN neurons of `model` are in, as a plan names it; None: as trained."""
     parts = Parts.of(model)
-    return _ffn_order(parts.outer.config, parts.stack)
+    return _ffn_order(parts.outer.config, parts.decoder)
 
 
-def _ffn_order(config: Any, stack: Any) -> str | None:
+def _ffn_order(config: Any, decoder: Any) -> str | None:
     block = getattr(config, "yopo", None)
     loaded = block.get("ffn_order") if isinstance(block, dict) else None  # a corrupt one: replaced
     kept = getattr(config, "yopo_ffn_order", None) or loaded
-    return getattr(stack, "yopo_ffn_order", None) or kept
+    return getattr(decoder, "yopo_ffn_order", None) or kept
 
 
-def _keep_ffn_order(config: Any, stack: Any) -> None:
+def _keep_ffn_order(config: Any, decoder: Any) -> None:
     """The order belongs to the weights: a plan that goes must not take it out of the config."""
-    order = _ffn_order(config, stack)
+    order = _ffn_order(config, decoder)
     if order is not None:
         config.yopo_ffn_order = order
 
 
-def _refuse_other_order(config: Any, stack: Any, plan: PruningPlan) -> None:
-    here = _ffn_order(config, stack)
+def _refuse_other_order(config: Any, decoder: Any, plan: PruningPlan) -> None:
+    here = _ffn_order(config, decoder)
     if plan.ffn_order is not None and plan.ffn_order != here:
         raise ValueError(
             f"the plan is for weights with FFN neurons in the order {plan.ffn_order}; this model's "
             f"are {'as trained' if here is None else f'in the order {here}'}: load the checkpoint "
             "that the plan came with, or put them in that order (yopo.calibration.neurons.put)"
         )
-
-
-def _pruned_causal(stock: type) -> type:
-    """The class that tells `stock`'s decoder stack where the visual tokens are."""
-    if not is_llava(stock):
-        return _with_mixin(stock, prune.PrunedCausalLMMixin)
-    # There the layout comes with LLaVA's images; the wrapped forward takes visual_mask as well.
-    cls = _derived(stock, (stock,))
-    instrument(cls)
-    return cls
-
-
-def _pruned_composite(stock: type, family: type) -> type:
-    """`stock` with the forward that works the layout out of the call's images."""
-    cls = _with_mixin(stock, family)
-    if "forward" not in vars(cls):
-        family.instrument(cls, stock)
-    return cls
-
-
-def _stock_of(cls: type) -> type:
-    """The class that one of ours was made of; any other class itself."""
-    made_of = (bases[-1] for bases, made in _CLASSES.items() if made is cls)
-    return next(made_of, cls)
-
-
-def _with_mixin(stock: type, mixin: type) -> type:
-    return stock if issubclass(stock, mixin) else _derived(stock, (mixin, stock))
-
-
-def _derived(stock: type, bases: tuple[type, ...]) -> type:
-    """A class of `bases` under the name of `stock`, the same one each time."""
-    if stock in _CLASSES.values():
-        return stock
-    if bases not in _CLASSES:
-        names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
-        _CLASSES[bases] = type(stock.__name__, bases, names)
-    return _CLASSES[bases]

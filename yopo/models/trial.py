@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from yopo.models.attach import Parts, apply, plan_of, remove
+from yopo.models.attach import apply, remove
+from yopo.models.parts import Parts, plan_of
 from yopo.plan.pruning_plan import PruningPlan
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -34,7 +35,7 @@ def under(model: Model, plan: PruningPlan | None) -> Iterator[Model]:
 
 def stack_of(model: nn.Module) -> nn.Module:
     """The decoder stack: the module with `layers`, `norm` and, of both, the config."""
-    return Parts.of(model).stack
+    return Parts.of(model).decoder
 
 
 def config_of(model: nn.Module) -> Any:

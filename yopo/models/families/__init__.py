@@ -90,6 +90,14 @@ def text_stack_of(composite: nn.Module) -> nn.Module:
     return stack
 
 
+def is_decoder(model: Any) -> bool:
+    """Whether a model is a decoder of TEXT_STACKS by itself."""
+    names = {cls.__name__ for cls in type(model).__mro__}
+    return bool(names.intersection(TEXT_STACKS)) and isinstance(
+        model._modules.get("layers"), nn.ModuleList
+    )
+
+
 def unknown(model: Any) -> TypeError:
     return TypeError(
         f"yopo cannot prune a {type(model).__name__}; it knows {', '.join(KNOWN)}. How to add a "

@@ -4,11 +4,9 @@ stock forward computes; knows no family."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +14,8 @@ from torch import Tensor
 
 from yopo.engine.layout import Grid, VisualLayout, call, during, told
 from yopo.engine.visual_cache import VisualCache
+from yopo.models.arguments import cache_of
+from yopo.models.exchange import Exchanged, parameters_of, with_signature
 from yopo.versions import llava_expects_images_in_ids
 
 # What may be shown → the argument of forward that brings its pixels.
@@ -39,7 +39,7 @@ class Image:
         return cls(grids, (True,) * sum(rows * cols for rows, cols in grids))
 
 
-class Composite:
+class Composite(Exchanged):
     """Put before the stock class of a composite while a plan is applied; a family's file derives
     from it. `self` is the live stock module."""
 
@@ -55,13 +55,54 @@ class Composite:
     # By kind the features encoded last, each with its image, until a forward has used them.
     _yopo_encoded: Mapping[str, Sequence[tuple[Tensor, Image]]] = MappingProxyType({})
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Stock's, inside a call (layout.py) of the layout that its arguments have."""
+        stock = super().forward
+        visual = {name: kwargs.pop(name, None) for name in ("visual_mask", "visual_grids")}
+        if any(value is not None for value in visual.values()):
+            with during(told(**visual)):
+                return stock(*args, **kwargs)
+        given = _arguments(stock, args, kwargs)
+        shown = self._shown(given)
+        if not shown and given.get("inputs_embeds") is not None:
+            return stock(*args, **kwargs)  # foreign: nothing is known of them
+        cached = isinstance(cache_of(given), VisualCache)
+        if llava_expects_images_in_ids() and cached:
+            args, kwargs = (), self._embedded(given)
+        try:
+            layout = _layout(self._placeholders(given), shown, cached) if shown else None
+            with call(layout):
+                return stock(*args, **kwargs)
+        finally:
+            self.forget_encoded()
+
     @classmethod
-    def instrument(cls, pruned: type, stock: type) -> None:
-        """Wraps, on the class `pruned` made of `stock`, what images come in through."""
-        pruned.forward = _wrap_forward(stock.forward)
+    def _yopo_attributes(cls, stock: type) -> dict[str, Any]:
+        """What images come in through, with stock's signatures: generate() looks names up there."""
+        made = {"forward": with_signature(Composite.forward, stock.forward, ())}
         for kind in KINDS:
-            if encode := getattr(stock, f"get_{kind}_features", None):
-                setattr(pruned, f"get_{kind}_features", _wrap_encode(encode, kind))
+            name = f"get_{kind}_features"
+            if hasattr(stock, name):
+                made[name] = with_signature(_encoder(kind, name), getattr(stock, name), ())
+        return made
+
+    def _embedded(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments with embeddings for input_ids, where these show no image."""
+        given = dict(given)
+        if given.get("input_ids") is not None and given.get("pixel_values") is None:
+            given["inputs_embeds"] = self.get_input_embeddings()(given.pop("input_ids"))
+        return given
+
+    def _note_encoded(self, kind: str, out: Any, given: Mapping[str, Any]) -> None:
+        """Notes on the features of each image which image they are of: generate() of 5.1x on
+        encodes first, and forward then gets neither pixels nor sizes."""
+        features = getattr(out, "pooler_output", None)
+        if isinstance(features, tuple | list):
+            pairs = list(zip(features, self.images(kind, given), strict=True))
+            for one, image in pairs:
+                one.yopo_image = image
+            kept = {kind: [(one.detach(), image) for one, image in pairs]}
+            self._yopo_encoded = {**self._yopo_encoded, **kept}
 
     def _shown(self, given: Mapping[str, Any]) -> list[tuple[int, Sequence[Image]]]:
         """For each kind of placeholder of which images are shown its id and the images."""
@@ -120,75 +161,30 @@ def size_given(given: Mapping[str, Any], name: str) -> list[Any]:
     return torch.as_tensor(given[name]).tolist()
 
 
-def _arguments(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    given = dict(signature.bind(*args, **kwargs).arguments)
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            given.update(given.pop(parameter.name, {}))
-    return given
+def _arguments(
+    bound: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a bound method by name."""
+    return dict(zip(parameters_of(bound.__func__), args, strict=False)) | dict(kwargs)
 
 
-def _wrap_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """The stock forward inside a call (layout.py) of the layout that its arguments have."""
-    signature = inspect.signature(stock)
-
-    @functools.wraps(stock)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        visual = {name: kwargs.pop(name, None) for name in ("visual_mask", "visual_grids")}
-        if any(value is not None for value in visual.values()):
-            with during(told(**visual)):
-                return stock(self, *args, **kwargs)
-        given = _arguments(signature, self, *args, **kwargs)
-        shown = self._shown(given)
-        if not shown and given.get("inputs_embeds") is not None:
-            return stock(self, *args, **kwargs)  # foreign: nothing is known of them
-        if llava_expects_images_in_ids() and isinstance(given.get("past_key_values"), VisualCache):
-            args, kwargs = (), _embedded(self, signature, given)
-        try:
-            with call(_layout(self._placeholders(given), shown) if shown else None):
-                return stock(self, *args, **kwargs)
-        finally:
-            self.forget_encoded()
-
-    forward.__signature__ = signature  # generate() looks up there what it may pass
-    return forward
-
-
-def _embedded(model: Any, signature: inspect.Signature, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments `given` with embeddings for input_ids, where these show no image."""
-    itself = next(iter(signature.parameters))
-    told = {name: value for name, value in given.items() if name != itself}
-    if told.get("input_ids") is not None and told.get("pixel_values") is None:
-        told["inputs_embeds"] = model.get_input_embeddings()(told.pop("input_ids"))
-    return told
-
-
-def _wrap_encode(stock: Callable[..., Any], kind: str) -> Callable[..., Any]:
-    """Notes on the features of each image which image they are of: generate() of 5.1x on encodes
-    first, and forward then gets neither pixels nor sizes."""
-    signature = inspect.signature(stock)
-
-    @functools.wraps(stock)
+def _encoder(kind: str, name: str) -> FunctionType:
     def encode(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out = stock(self, *args, **kwargs)
-        features = getattr(out, "pooler_output", None)
-        if isinstance(features, tuple | list):
-            images = self.images(kind, _arguments(signature, self, *args, **kwargs))
-            pairs = list(zip(features, images, strict=True))
-            for one, image in pairs:
-                one.yopo_image = image
-            kept = {kind: [(one.detach(), image) for one, image in pairs]}
-            self._yopo_encoded = {**self._yopo_encoded, **kept}
+        stock = getattr(super(Composite, self), name)
+        out = stock(*args, **kwargs)
+        self._note_encoded(kind, out, _arguments(stock, args, kwargs))
         return out
 
-    encode.__signature__ = signature
     return encode
 
 
 def _layout(
-    places: Callable[[int], Tensor], shown: Iterable[tuple[int, Sequence[Image]]]
+    places: Callable[[int], Tensor],
+    shown: Iterable[tuple[int, Sequence[Image]]],
+    cached: bool = False,
 ) -> VisualLayout | None:
-    """The layout of the rows; None if no visual token is among them.
+    """The layout of the rows; None if no visual token is among them. `cached`: an image is in the
+    cache already.
 
     Raises ValueError where the images do not fill the placeholders of the rows, each whole.
     """
@@ -219,6 +215,11 @@ def _layout(
                 visual[b, here] = torch.tensor(image.cells, dtype=torch.bool)
                 rows[b].append((int(here[0]), image))
                 at += len(here)
+        if waiting and cached and not found.any():
+            raise ValueError(
+                "images are given, but the new tokens have no image tokens, and the cache holds an "
+                "image already: for a further turn about it leave the images (pixel_values) out"
+            )
         if waiting:
             raise ValueError(
                 f"{len(waiting)} of {len(images)} images given have no image tokens (id {token}) "

@@ -1,0 +1,196 @@
+"""Self-attention of one decoder layer on packed rows, and what a layer is called with.
+
+The layer's own modules are called by models/layers.py, its FFN is in weights.py; masks and index
+tensors come from forward.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from yopo.engine.layer_plan import LayerPlan
+from yopo.engine.packing import Packing
+from yopo.engine.text_attention import TextSight, text_attention
+from yopo.engine.visual_attention import Blocks, ImageGroup, visual_attention
+from yopo.engine.visual_cache import HeadStore
+from yopo.engine.weights import Linear, project_from_heads, project_to_heads, to_qkv
+
+Stores = tuple[HeadStore, HeadStore]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Who is where and sees whom in one forward, the same for every layer; all on one device.
+
+    text, visual: packings of its rows. rows: (Nt + Nv,) int64, their places in the flattened
+    (B·n) batch, text first.
+    text_sight, visual_sight: see text_attention.py and visual_attention.py; visual_sight is None
+        where no row is visual.
+    """
+
+    text: Packing
+    visual: Packing
+    rows: Tensor
+    text_sight: TextSight
+    visual_sight: tuple[ImageGroup, ...] | Blocks | None
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the layers of one forward share, on one device.
+
+    cos, sin: (Nt + Nv, 1, D), text rows first.
+    neurons: of the FFN that visual rows use; None: all.
+    in_place: the stores are the cache's own, with room for later tokens; else each layer fills
+        copies, so that it can be run again (gradients, checkpointing).
+    observer: see forward.OBSERVER.
+    """
+
+    index: Pass
+    cos: Tensor
+    sin: Tensor
+    head_dim: int
+    scale: float
+    dropout: float
+    neurons: int | None
+    in_place: bool
+    observer: Callable[..., None] | None = None
+
+
+@dataclass
+class LayerCall:
+    """What one layer is called with beside its rows.
+
+    stores: what is cached so far. into: the cache's stores, which get what the layer adds to copies
+    of `stores`; None: nobody needs it, or it is added in place.
+    """
+
+    plan: LayerPlan
+    shared: Shared
+    stores: Stores
+    into: Stores | None
+
+    @property
+    def slices_ffn(self) -> bool:
+        """Whether some rows use a part of the FFN only."""
+        return self.shared.neurons is not None and self.visual_rows
+
+    @property
+    def visual_rows(self) -> bool:
+        return self.plan.runs_visual and len(self.shared.index.visual) > 0
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x (N, H, D) by cos, sin (N, 1, R), of its first R features; x's
+    dtype, also in autocast (which leaves x in half precision and the angles in float32)."""
+    if cos.shape[-1] < x.shape[-1]:
+        turned, rest = x.tensor_split([cos.shape[-1]], dim=-1)
+        return torch.cat([rotate(turned, cos, sin), rest], dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+def attend_layer(attn: nn.Module, x: Tensor, call: LayerCall) -> Tensor:
+    """Self-attention on normed rows x (N, d), text first → (N, d). Fills the stores."""
+    plan, shared = call.plan, call.shared
+    n_text = len(shared.index.text)
+    cos, sin = shared.cos[: len(x)], shared.sin[: len(x)]
+    stores = call.stores
+    if not shared.in_place:
+        stores = stores[0].fork(), stores[1].fork()
+
+    def turned(linear: Linear, heads: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Rotated text rows of all heads, and visual rows of `heads`."""
+        text, visual = project_to_heads(linear, x, n_text, heads, shared.head_dim)
+        if visual is None:
+            return rotate(text, cos, sin), None
+        return rotate(text, cos[:n_text], sin[:n_text]), rotate(visual, cos[n_text:], sin[n_text:])
+
+    q_proj, k_proj, v_proj = to_qkv(attn, x)
+    q, visual_q = turned(q_proj, plan.visual_heads)
+    k, visual_k = turned(k_proj, plan.visual_key_heads)
+    v, visual_v = project_to_heads(v_proj, x, n_text, plan.visual_value_heads, shared.head_dim)
+    _fill(stores, plan, shared.index, (k, v), (visual_k, visual_v), shared.in_place)
+    if call.into is not None:
+        for mine, of_cache in zip(stores, call.into, strict=True):
+            of_cache.take(mine)
+    out = _text_queries(q, plan, shared, stores) if n_text else q
+    if visual_q is not None:
+        if shared.observer is not None:
+            shared.observer(shared, q, visual_q, stores)
+        visual_q = _visual_queries(visual_q, plan, shared, stores)
+    return project_from_heads(attn.o_proj, out, visual_q, plan.visual_heads)
+
+
+def _fill(
+    stores: Stores,
+    plan: LayerPlan,
+    index: Pass,
+    text: tuple[Tensor, Tensor],
+    visual: tuple[Tensor | None, Tensor | None],
+    in_place: bool,
+) -> None:
+    """Adds keys and values: `text` (Nt, H, D) of all heads, `visual` (Nv, H', D) of the heads that
+    the plan's visual_key_heads and visual_value_heads name."""
+    every_key = all(plan.visual_keys)
+    for number, (store, kv) in enumerate(zip(stores, plan.kv, strict=True)):
+        if len(kv) == 0:
+            continue
+        heads = None if len(kv) == text[0].shape[1] else kv
+        k, v = (index.text.pad(x if heads is None else x.index_select(1, heads)) for x in text)
+        visual_k, visual_v = visual
+        if visual_k is not None and plan.visual_keys[number]:
+            if every_key and heads is not None:
+                visual_k = visual_k.index_select(1, heads)
+            visual_k = index.visual.pad(visual_k)
+        else:
+            visual_k = None
+        if visual_v is not None and plan.visual_values[number]:
+            visual_v = index.visual.pad(visual_v)
+        else:
+            visual_v = None
+        store.append(k, v, visual_k, visual_v, spare=in_place)
+
+
+def _text_queries(q: Tensor, plan: LayerPlan, shared: Shared, stores: Stores) -> Tensor:
+    """Text queries q (Nt, H, D) of all heads → (Nt, H, D)."""
+    outs, index = [], shared.index
+    for group in plan.text:
+        mine = index.text.pad(q if group.q is None else q.index_select(1, group.q))
+        store = stores[group.store]
+        out = text_attention(
+            mine, store, group.kv, group.sight, index.text_sight, shared.scale, shared.dropout
+        )
+        if group.text_mass is not None:
+            mass = group.text_mass[:, None, None].to(out.dtype)
+            out = torch.where(index.text_sight.image_before, out * mass, out)
+        outs.append(index.text.unpad(out))
+    if plan.text_order is None:
+        return outs[0]
+    return torch.cat(outs, dim=1).index_select(1, plan.text_order)
+
+
+def _visual_queries(q: Tensor, plan: LayerPlan, shared: Shared, stores: Stores) -> Tensor:
+    """Visual queries q (Nv, H', D) of the plan's visual_heads → (Nv, H', D)."""
+    outs, at, index = [q[:, :0]], 0, shared.index
+    for group in plan.visual:
+        count = q.shape[1] if group.q is None else len(group.q)
+        out = visual_attention(
+            q[:, at : at + count],
+            index.visual,
+            stores[group.store],
+            group.kv,
+            group.sight,
+            index.visual_sight,
+            shared.scale,
+            shared.dropout,
+        )
+        if group.text_mass is not None:  # a visual query sees itself: an image is always before it
+            out = out * group.text_mass[:, None].to(out.dtype)
+        outs.append(out)
+        at += count
+    return torch.cat(outs, dim=1)

@@ -1,0 +1,74 @@
+"""A causal LM whose forward and generate take where the visual tokens are: a mixin before the stock
+class. It tells the decoder, which prunes (decoder.py)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from yopo.engine.layout import Grid, during, told
+from yopo.models.arguments import cache_of, other_shape, past_length
+from yopo.models.exchange import Exchanged, with_signature
+
+
+class PrunedCausalLM(Exchanged):
+    """A causal LM around a PrunedDecoder."""
+
+    def forward(
+        self,
+        *args: Any,
+        visual_mask: Tensor | None = None,
+        visual_grids: Sequence[Sequence[Grid]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As stock's, and:
+
+        visual_mask: (B, n) bool, True at the visual tokens of this call's rows.
+        visual_grids: for each batch row the (rows, cols) of its images in order; None: each run of
+            visual tokens is one square grid.
+
+        Raises ValueError if they do not fit the tokens or each other.
+        """
+        if visual_mask is None and visual_grids is None:
+            return super().forward(*args, **kwargs)
+        with during(told(visual_mask, visual_grids)):
+            return super().forward(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        mask, tokens = kwargs.get("visual_mask"), kwargs.get("inputs_embeds")
+        if tokens is None:
+            tokens = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if mask is not None and tokens is not None and mask.shape != tokens.shape[:2]:
+            raise ValueError(other_shape(mask, *tokens.shape[:2]))
+        return super().generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        visual = {name: kwargs.pop(name, None) for name in ("visual_mask", "visual_grids")}
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        mask = visual["visual_mask"]
+        if mask is not None and past_length(cache_of(inputs)) == 0:
+            # Without a cache all tokens come again at each step, the generated ones with them.
+            tokens = inputs.get("inputs_embeds")
+            tokens = inputs["input_ids"] if tokens is None else tokens
+            visual["visual_mask"] = F.pad(mask, (0, max(0, tokens.shape[1] - mask.shape[1])))
+        grids = visual["visual_grids"]
+        if mask is not None and grids and mask.shape[0] % len(grids) == 0:
+            # generate() repeats tensors for beams; lists it leaves as they are.
+            repeats = mask.shape[0] // len(grids)
+            visual["visual_grids"] = [row for row in grids for _ in range(repeats)]
+        return {**inputs, **{name: value for name, value in visual.items() if value is not None}}
+
+    @classmethod
+    def _yopo_attributes(cls, stock: type) -> dict[str, Any]:
+        """The methods that tell stock's signature and our arguments: generate() looks names up."""
+        told = [
+            parameter
+            for name, parameter in inspect.signature(cls.forward).parameters.items()
+            if name in ("visual_mask", "visual_grids")
+        ]
+        names = ("forward", "prepare_inputs_for_generation")
+        return {n: with_signature(vars(cls)[n], getattr(stock, n), told) for n in names}

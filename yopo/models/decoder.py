@@ -1,0 +1,97 @@
+"""A decoder (LlamaModel and its like) whose forward follows a plan: a mixin before the stock class.
+Without a plan, or with one and no image, stock's own forward runs.
+
+The way of a call: arguments.resolve → engine.forward.prepare → engine.forward.run. Knows nothing of
+LLaVA, composites or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from yopo.engine.forward import Run, prepare, run
+from yopo.engine.layer import LayerCall
+from yopo.engine.layer_plan import LayerPlans
+from yopo.engine.layout import Grid
+from yopo.models.arguments import resolve
+from yopo.models.exchange import Exchanged
+from yopo.models.layers import call_layer, exchange_layers, restore_layers
+from yopo.models.probe import probe
+from yopo.plan.pruning_plan import PruningPlan
+from yopo.versions import CACHE_FIELD, checkpoints_itself, nothing_captured, rope
+
+
+class PrunedDecoder(Exchanged):
+    """A decoder whose forward follows `yopo_plan`."""
+
+    yopo_plan: PruningPlan | None = None
+    yopo_ffn_order: str | None = None  # which the FFN neurons are in, as the plan names it
+    yopo_probed = False  # whether the layers were found to be what the engine computes
+    _yopo_layer_plans: LayerPlans | None = None
+
+    def set_plan(self, plan: PruningPlan | None) -> None:
+        """Prunes by `plan` from now on; None: as stock. Raises ValueError if it does not fit."""
+        if plan is None:
+            restore_layers(self.layers)
+            self._yopo_layer_plans = self.yopo_plan = None
+            return
+        plan.validate(self.config)
+        if plan.ffn_order is not None:
+            self.yopo_ffn_order = plan.ffn_order
+        # Not as inference tensors, should apply() be called in inference mode: training may follow.
+        with torch.inference_mode(False):
+            self._yopo_layer_plans = LayerPlans.build(self.config, plan)
+        exchange_layers(self.layers)
+        self.yopo_plan = plan
+
+    def forward(
+        self,
+        *args: Any,
+        visual_mask: Tensor | None = None,
+        visual_grids: Sequence[Sequence[Grid]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As stock's. The visual tokens are those of visual_mask (B, n), else what is known of the
+        embeddings.
+
+        Raises ValueError where a pruned pass cannot be right: embeddings of which nothing is known,
+        output_attentions, an image split by a chunk under a bidirectional window, a mask other than
+        padding, a cache of another kind, arguments that the pass does not know.
+        """
+        called = None
+        if self.yopo_plan is not None:
+            called = resolve(self, super().forward, args, kwargs, visual_mask, visual_grids)
+        if called is None:
+            return super().forward(*args, **kwargs)
+        if not self.yopo_probed:
+            probe(self, PrunedDecoder)
+        layout, valid, cache = called.layout, called.valid, called.cache
+        past = cache.length
+        index = prepare(layout, valid, cache, self.yopo_plan)
+        embeds, plans = called.inputs_embeds, self._yopo_layer_plans
+        cos, sin = rope(self, embeds, called.position_ids, past + embeds.shape[1])
+        hidden_states: list[Tensor] | None = [] if called.output_hidden_states else None
+        call = partial(self._checkpointed, call_layer) if called.checkpointing else call_layer
+        dropout = plans.dropout if self.training else 0.0
+        how = Run(call, called.keep_cache, dropout, hidden_states)
+        with nothing_captured():
+            out = run(self.layers, plans, index, embeds, cos, sin, cache, how)
+        out = self.norm(out)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=out,
+            hidden_states=None if hidden_states is None else (*hidden_states, out),
+            **{CACHE_FIELD: cache if called.keep_cache else None},
+        )
+        return output if called.return_dict else output.to_tuple()
+
+    def _checkpointed(self, call: Any, layer: nn.Module, rows: Tensor, pruned: LayerCall) -> Tensor:
+        """Calls a layer so that its activations are computed again in backward."""
+        if checkpoints_itself(layer):
+            return call(layer, rows, pruned)
+        return self._gradient_checkpointing_func(partial(call, layer, pruned=pruned), rows)

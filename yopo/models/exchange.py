@@ -1,0 +1,116 @@
+"""Exchanges the classes of live modules: a stock class for one of ours with a mixin before it, and
+back. No weight, hook or attribute is touched. Nothing here knows what the mixins do."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+_MADE: dict[tuple[type, type], type] = {}  # (mixin, stock class) → the class made of them
+
+
+class Exchanged:
+    """Base of every mixin: a module of a class made here is pickled and copied by what its class
+    was made of, since the class goes by its stock's name."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        made_of = parts_of(type(self))
+        if made_of is None:  # a class of the user's own, to be found by its name
+            return super().__reduce_ex__(protocol)
+        return _remake, made_of, vars(self).copy()
+
+
+def _remake(mixin: type, stock: type) -> Any:
+    cls = derive(mixin, stock)
+    return cls.__new__(cls)
+
+
+def derive(mixin: type, stock: type) -> type:
+    """The class with `mixin` before `stock`, under the name of `stock`; the same one each time, and
+    `stock` itself where it has the mixin already."""
+    if issubclass(stock, mixin):
+        return stock
+    key = (mixin, stock)
+    if key not in _MADE:
+        names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+        extra = getattr(mixin, "_yopo_attributes", None)
+        attributes = names if extra is None else names | extra(stock)
+        _MADE[key] = type(stock.__name__, (mixin, stock), attributes)
+    return _MADE[key]
+
+
+def parts_of(cls: type) -> tuple[type, type] | None:
+    """The mixin and the stock class that `cls` was made of here; None for any other class."""
+    return next((parts for parts, made in _MADE.items() if made is cls), None)
+
+
+def original_of(cls: type) -> type:
+    """The stock class that `cls` goes back to, also where somebody derived it of ours (FSDP2)."""
+    made = next((base for base in cls.__mro__ if parts_of(base) is not None), cls)
+    return stock_of(made)
+
+
+def stock_of(cls: type) -> type:
+    """The class that one of ours was made of, and any other class itself."""
+    parts = parts_of(cls)
+    return cls if parts is None else stock_of(parts[1])
+
+
+def put(module: nn.Module, cls: type) -> None:
+    """Makes a live module one of `cls`, whatever else goes by its class or its bound methods."""
+    if module.__class__ is cls:
+        return
+    module.__class__ = cls
+    attributes = vars(module)
+    if is_the_class_s(module, attributes.get("forward")):
+        del attributes["forward"]  # it would go on running the class's before
+    if "_old_forward" in attributes:  # accelerate's hooks call the bound method that they found
+        module._old_forward = cls.forward.__get__(module)
+    # Since 4.54 what a model can record (hidden states) is looked up by the name of the class that
+    # it was constructed as.
+    for name in ("transformers.utils.output_capturing", "transformers.utils.generic"):
+        registry = getattr(sys.modules.get(name), "_CAN_RECORD_REGISTRY", None)
+        if registry is not None:
+            dict.__setitem__(registry, str(cls), getattr(cls, "_can_record_outputs", None))
+
+
+def is_the_class_s(module: nn.Module, forward: Any) -> bool:
+    """Whether `forward` is the bound method of a class of the module: transformers 4.54 to 5.1
+    leave one on layers whose outputs they recorded."""
+    if getattr(forward, "__self__", None) is not module:
+        return False
+    return any(vars(base).get("forward") is forward.__func__ for base in type(module).__mro__)
+
+
+@cache
+def parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the parameters after self."""
+    return tuple(inspect.signature(function).parameters)[1:]
+
+
+def with_signature(
+    function: FunctionType, like: Callable[..., Any], more: Iterable[inspect.Parameter]
+) -> FunctionType:
+    """A copy of the method `function` that tells the signature of `like`, and the parameters
+    `more`: generate(), Trainer and others look names up there."""
+    parameters = list(inspect.signature(like).parameters.values())
+    end = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    present = {parameter.name for parameter in parameters}
+    added = [parameter for parameter in more if parameter.name not in present]
+    copy = FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__, copy.__doc__ = function.__kwdefaults__, function.__doc__
+    copy.__qualname__, copy.__module__ = function.__qualname__, function.__module__
+    copy.__signature__ = inspect.Signature(parameters[:end] + added + parameters[end:])
+    return copy

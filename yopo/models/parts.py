@@ -1,0 +1,100 @@
+"""What of a model a plan concerns: its outermost transformers model, its decoder, and the module
+that tells the decoder where the visual tokens are. Finds and checks; changes nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+from yopo.models import families
+from yopo.models.causal_lm import PrunedCausalLM
+from yopo.models.decoder import PrunedDecoder
+from yopo.models.exchange import derive
+from yopo.models.layers import layer_in
+from yopo.plan.pruning_plan import PruningPlan
+
+
+@dataclass(frozen=True)
+class Parts:
+    """outer: the outermost transformers model, whose config holds the plan. decoder: the module
+    with `layers`. teller: the module that tells it where the visual tokens are."""
+
+    outer: Any
+    decoder: Any
+    teller: Any
+
+    @property
+    def modules(self) -> tuple[Any, Any]:
+        return self.decoder, self.teller
+
+    @classmethod
+    def of(cls, model: Any) -> Parts:
+        """Raises TypeError if the model is of no family that yopo knows."""
+        modules = model.modules() if isinstance(model, nn.Module) else ()
+        # The outermost one: a Llama inside another family's model is that family's.
+        outer = next((module for module in modules if isinstance(module, PreTrainedModel)), model)
+        if isinstance(outer, LlamaForCausalLM):
+            return cls(outer, outer.model, outer)
+        if families.name_of(outer) is None:
+            raise families.unknown(outer)
+        composite = families.composite_of(outer)
+        return cls(outer, families.text_stack_of(composite), composite)
+
+    def pruned_classes(self) -> tuple[type, type]:
+        """The classes that decoder and teller get."""
+        decoder, teller = type(self.decoder), type(self.teller)
+        if isinstance(self.teller, LlamaForCausalLM):
+            return derive(PrunedDecoder, decoder), derive(PrunedCausalLM, teller)
+        return derive(PrunedDecoder, decoder), derive(families.family_of(self.teller), teller)
+
+
+def plan_of(model: nn.Module) -> PruningPlan | None:
+    """The plan that `model` runs under, or None."""
+    for module in model.modules():
+        if isinstance(module, PrunedDecoder):
+            return module.yopo_plan
+    return None
+
+
+def refuse_foreign(parts: Parts) -> None:
+    """Raises TypeError where the layers lack what the engine calls or are in parts on several
+    processes, ImportError where the unpruned calls would need a flash-attn that is not there."""
+    outer, decoder = parts.outer, parts.decoder
+    if getattr(outer, "_device_mesh", None) is not None or (getattr(outer, "tp_size", 0) or 0) > 1:
+        raise TypeError(
+            f"this {type(outer).__name__} is split over processes by tensor parallelism (tp_plan), "
+            "each of which has some heads only: a pruned pass does not know which. Load it without "
+            "tp_plan"
+        )
+    layer = layer_in(decoder.layers[0])
+    wanted = {
+        "self_attn": ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"qkv_proj", "o_proj"}),
+        "mlp": ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}),
+    }
+    quantised = getattr(getattr(outer, "config", None), "quantization_config", None)
+    why = f" (quantised: {quantised})" if quantised is not None else ""
+    for name, choices in wanted.items():
+        module = getattr(layer, name)
+        has = set(module._modules)
+        if not any(choice <= has for choice in choices):
+            raise TypeError(
+                f"the layers of this {type(decoder).__name__} have as {name} a "
+                f"{type(module).__name__} without {' or '.join(map(str, map(sorted, choices)))}"
+                f"{why}: fused or replaced layers cannot be pruned; load it without"
+            )
+        if extra := sorted(has & {"q_norm", "k_norm"}):
+            raise TypeError(
+                f"the {type(module).__name__} of this {type(decoder).__name__} has {extra}: norms "
+                "of queries and keys are not computed by a pruned pass"
+            )
+    chosen = getattr(decoder.config, "_attn_implementation", None)
+    if chosen == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise ImportError(
+            "the model asks for attn_implementation='flash_attention_2', but flash-attn is not "
+            "installed: load it with attn_implementation='sdpa' (a pruned pass uses SDPA anyway)"
+        )
