@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from golden_files import close, one_image, read
 from random_families import (
     HEADS,
     HERE,
@@ -36,7 +37,6 @@ from random_families import (
     visual_inputs,
 )
 from test_families import a_plan, check, compare, later, mixed, run, same, truth
-from test_golden import close, one_image, read
 from torch import Tensor, nn
 
 import yopo
@@ -395,11 +395,13 @@ def test_pictures_of_a_pixtral_tower_have_grids_of_their_own() -> None:
 
 
 @every_kind
-def test_embeddings_of_unknown_origin_are_text_with_a_warning(kind: Kind) -> None:
+def test_embeddings_of_unknown_origin_are_refused_and_a_mask_describes_them(kind: Kind) -> None:
     stock, model = build(kind), yopo.apply(build(kind), a_plan())
     # (Positions, since some of stock's Qwen2.5-VL count them from ids alone.)
     embeds = dict(inputs_embeds=torch.randn(1, 6, 32), position_ids=torch.arange(6)[None])
-    with pytest.warns(UserWarning, match="without visual_mask: taking it for text"):
+    with pytest.raises(ValueError, match="nothing is known of these inputs_embeds"):
+        run(model, embeds)
+    with during(told(torch.zeros(1, 6, dtype=torch.bool), None)):
         found = run(model, embeds)
     same(found, run(stock, embeds))
     mask = torch.tensor([[False, True, True, True, True, False]])
@@ -582,7 +584,7 @@ def test_dropout_that_the_pass_lacks_is_refused_in_training() -> None:
         pytest.skip("no InternVL on this transformers")
     kind = KINDS["internvl-phi3"]
     model = yopo.apply(build(kind), a_plan())
-    stack_of(model).config.resid_pdrop = 0.1
+    stack_of(model).layers[0].resid_mlp_dropout.p = 0.1
     batch = make(kind, [[("text", 2), ("image", 0), ("text", 2)]])
     run(model, batch.inputs(model))
     with pytest.raises(ValueError, match="resid_pdrop"):
