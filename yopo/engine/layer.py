@@ -112,6 +112,11 @@ def attend_layer(attn: nn.Module, x: Tensor, call: LayerCall) -> Tensor:
 
     q_proj, k_proj, v_proj = to_qkv(attn, x)
     q, visual_q = turned(q_proj, plan.visual_heads)
+    if q.shape[1] != plan.heads:
+        raise ValueError(
+            f"q_proj gives {q.shape[1]} heads where the plan has {plan.heads}: the heads are split "
+            "over processes (tensor parallelism, tp_plan), or were taken out. Load the model whole"
+        )
     k, visual_k = turned(k_proj, plan.visual_key_heads)
     v, visual_v = project_to_heads(v_proj, x, n_text, plan.visual_value_heads, shared.head_dim)
     _fill(stores, plan, shared.index, (k, v), (visual_k, visual_v), shared.in_place)

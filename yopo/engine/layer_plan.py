@@ -42,6 +42,7 @@ class HeadGroup:
 class LayerPlan:
     """What one layer computes under a plan.
 
+    heads: H, how many query heads the layer has.
     kv: for each store the key/value heads it holds.
     visual_keys, visual_values: whether a store holds those of visual tokens too.
     text, visual: head groups of text and of visual queries (heads in no group give zero).
@@ -52,6 +53,7 @@ class LayerPlan:
     runs_visual: visual rows pass this layer.
     """
 
+    heads: int
     kv: tuple[Tensor, Tensor]
     visual_keys: tuple[bool, bool]
     visual_values: tuple[bool, bool]
@@ -104,6 +106,7 @@ class LayerPlan:
         every_key = blind_sight is Sight.MASS
         values_of = None if len(kv[SEEN]) == kv_heads else kv[SEEN]
         return cls(
+            heads=plan.num_heads,
             kv=kv,
             visual_keys=(True, every_key),
             visual_values=(True, False),

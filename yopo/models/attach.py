@@ -152,7 +152,7 @@ def _restore(parts: Parts, plan: PruningPlan | None) -> None:
         decoder.set_plan(None)
     for module in parts.modules:
         put(module, stock_of(type(module)))
-    for name in ("yopo_plan", "yopo_probed", "_yopo_layer_plans"):
+    for name in ("yopo_plan", "yopo_probed", "_yopo_layer_plans", "_yopo_attention"):
         vars(decoder).pop(name, None)
 
 

@@ -23,6 +23,7 @@ from yopo.models.arguments import resolve
 from yopo.models.exchange import Exchanged
 from yopo.models.layers import call_layer, exchange_layers, restore_layers
 from yopo.models.probe import probe
+from yopo.models.uncalled import warn_of_uncalled
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import CACHE_FIELD, checkpoints_itself, nothing_captured, rope
 
@@ -34,6 +35,7 @@ class PrunedDecoder(Exchanged):
     yopo_ffn_order: str | None = None  # which the FFN neurons are in, as the plan names it
     yopo_probed = False  # whether the layers were found to be what the engine computes
     _yopo_layer_plans: LayerPlans | None = None
+    _yopo_attention: str | None = None  # the implementation that warn_of_uncalled has seen
 
     def set_plan(self, plan: PruningPlan | None) -> None:
         """Prunes by `plan` from now on; None: as stock. Raises ValueError if it does not fit."""
@@ -71,6 +73,9 @@ class PrunedDecoder(Exchanged):
             return super().forward(*args, **kwargs)
         if not self.yopo_probed:
             probe(self, PrunedDecoder)
+        if self.config._attn_implementation != self._yopo_attention:
+            warn_of_uncalled(self)
+            self._yopo_attention = self.config._attn_implementation
         layout, valid, cache = called.layout, called.valid, called.cache
         past = cache.length
         index = prepare(layout, valid, cache, self.yopo_plan)
