@@ -32,11 +32,13 @@ __all__ = [
     "checkpoints_itself",
     "clear_dynamic_cache",
     "has_families",
+    "is_compiling",
     "layer_returns_tuple",
     "llava_expects_images_in_ids",
     "modules_named",
     "newer_than_tested",
     "nothing_captured",
+    "passed_to_every_forward",
     "read_stock_cache",
     "require_families",
     "require_transformers",
@@ -47,13 +49,14 @@ __all__ = [
 
 # ---------------------------------------------------------------------------- supported versions
 
-OLDEST, NEWEST = (4, 36), (5, 23)  # transformers, as tested; the shapes of Cache set the lower end
+OLDEST, NEWEST = (4, 36), (5, 24)  # transformers, as tested; the shapes of Cache set the lower end
 OLDEST_FAMILIES = (4, 45)  # before, prompts with one token for a whole image, expanded by the model
 OLDEST_TORCH = (2, 1)  # scaled_dot_product_attention(scale=), torch.compiler
 
 
 def require_transformers(version: str | None = None, torch_version: str | None = None) -> None:
-    """Raises ImportError unless the installed (or named) versions are supported.
+    """Raises ImportError for installed (or named) versions that cannot be right. One newer than
+    any tested is let through: the layers of each model are probed when a plan is put on.
 
     YOPO_ANY_TRANSFORMERS=1 turns a refused transformers into a warning.
     """
@@ -70,11 +73,10 @@ def require_transformers(version: str | None = None, torch_version: str | None =
     if os.environ.get("YOPO_ANY_TRANSFORMERS") == "1":
         warnings.warn(f"{problem}; going on, as YOPO_ANY_TRANSFORMERS=1 says", stacklevel=2)
         return
-    following = f"{NEWEST[0]}.{NEWEST[1] + 1}"
     raise ImportError(
         f"{problem}. Supported are {_dotted(OLDEST)}.x to {_dotted(NEWEST)}.x without 5.0.0: pip "
-        f"install 'transformers>={_dotted(OLDEST)},<{following},!=5.0.0', or set "
-        "YOPO_ANY_TRANSFORMERS=1 to try this one as it is"
+        f"install 'transformers>={_dotted(OLDEST)},!=5.0.0', or set YOPO_ANY_TRANSFORMERS=1 to try "
+        "this one as it is"
     )
 
 
@@ -97,6 +99,12 @@ def newer_than_tested() -> str | None:
     return transformers.__version__ if _release()[:2] > NEWEST else None
 
 
+def is_compiling() -> bool:
+    """Whether torch.compile is tracing this call; torch.compiler can tell from 2.2 or so on."""
+    asked = getattr(torch.compiler, "is_compiling", None) or torch._dynamo.is_compiling
+    return bool(asked())
+
+
 def weights_only_is_safe() -> bool:
     """Whether torch.load(weights_only=True) runs no code of the file: before torch 2.6 one could be
     made to (CVE-2025-32434)."""
@@ -109,8 +117,6 @@ def _unsupported(version: str) -> str | None:
         return f"transformers {version} tokenises LLaVA's prompts differently from all others"
     if release[:2] < OLDEST:
         return f"transformers {version} is older than any that yopo knows"
-    if release[:2] > NEWEST:
-        return f"transformers {version} is newer than any that yopo was tested with"
     return None
 
 
@@ -224,12 +230,20 @@ def clear_dynamic_cache(cache: Any) -> None:
 
 # -------------------------------------------------------------------------------------- classes
 
-# The argument of forward, and the field of an output, that a cache goes by: renamed in 5.24, which
-# takes the old name as an argument still.
+# The argument of forward, and the field of an output, that a cache goes by. 5.24 renamed it: it
+# takes the old name as an argument still, but generate() and its own models pass on the new one,
+# which a forward that knows the old one only never sees.
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE_FIELD = next(
     name for name in CACHE_NAMES if name in BaseModelOutputWithPast.__dataclass_fields__
 )
+
+
+def passed_to_every_forward() -> tuple[str, ...]:
+    """What generate() passes although a model's forward may not name it, of what LLaVA's own does
+    not: cache_position from 4.38 to 5.3, and the cache by its new name."""
+    positions = ("cache_position",) if (4, 38) <= _release() < (5, 4) else ()
+    return positions + (("cache",) if CACHE_FIELD == "cache" else ())
 
 
 def layer_returns_tuple() -> bool:
