@@ -1,15 +1,199 @@
-"""What is known of embeddings: the layout travels with them."""
+"""What is known of embeddings: their layout travels with them, not with the moment they were made.
+
+`remember` notes where the visual tokens of embeddings are, `recall` finds it again for the very
+tensor, and by content for what generate() and others make of it: copies, casts, beams, some of the
+rows, several batches in one, slices, chunks. Comparisons only; how a layout comes about is the
+business of those who remember it.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass, replace
+from itertools import count
+from math import inf
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from yopo.engine.layout import VisualLayout
+from yopo.versions import is_compiling
+
+FEATURES = 4  # kept of each position, by which it is known again
+MOST_PROMPTS, MOST_POSITIONS = 256, 2**20  # kept of each kind, some 16 to 40 bytes a position
 
 
 def remember(embeds: Tensor, layout: VisualLayout) -> None:
-    embeds.yopo_layout = layout
+    """Notes the `layout` of embeddings (B, n, d); one without visual tokens says they are text.
+
+    A single position is not noted: nobody asks for it.
+    """
+    if embeds.dim() != 3 or embeds.shape[1] < 2 or is_compiling():
+        return
+    visual = bool(layout.visual.any())
+    if visual:
+        # By the object as well: the layout stays right when values change in place. Not so of
+        # text, into which image features may be scattered.
+        _BY_OBJECT[embeds] = layout
+    if _is_plain(embeds):
+        (_SHOWN if visual else _TEXT).add(_Prompts.of(embeds, layout))
 
 
-def recall(embeds: Tensor, past: int) -> VisualLayout | None:
-    return getattr(embeds, "yopo_layout", None)
+def recall(embeds: Tensor, before: VisualLayout) -> VisualLayout | None:
+    """The layout of the columns of `embeds` (B, n, d), n > 1, which come after cached ones with the
+    layout `before`; None where nothing is known of some row.
+
+    Columns that go on from what is cached keep the numbers of their prompt's images; those of
+    another prompt are numbered after them.
+    """
+    batch, past = embeds.shape[0], before.shape[1]
+    own = _BY_OBJECT.get(embeds)
+    if own is not None and own.shape == tuple(embeds.shape[:2]) and before.shape[0] == batch:
+        return own.after(before)
+    if not _is_plain(embeds) or before.shape[0] != batch:
+        return None
+    asked = _sample(embeds).cpu()
+    found: dict[int, VisualLayout] = {}
+    everything = [*_SHOWN.kept(), *_TEXT.kept()]
+    for prompts in sorted(everything, key=lambda prompts: prompts.used, reverse=True):
+        rows = [b for b in range(batch) if b not in found]
+        if not rows:
+            break
+        pieces = prompts.find(asked, rows, past, before)
+        found |= pieces
+        if pieces:
+            prompts.used = next(_CLOCK)
+    return _stacked([found[b] for b in range(batch)]) if len(found) == batch else None
+
+
+def watch_text(embedding: nn.Module) -> None:
+    """Has what `embedding` makes of token ids remembered as text, if it is not so already."""
+    if _remember_text not in embedding._forward_hooks.values():
+        embedding.register_forward_hook(_remember_text)
+
+
+def unwatch_text(embedding: nn.Module) -> None:
+    for module in embedding.modules():  # an adapter may have been put around the watched one
+        hooks = module._forward_hooks
+        for key in [key for key, hook in hooks.items() if hook is _remember_text]:
+            del hooks[key]
+
+
+def _remember_text(module: nn.Module, arguments: Any, embeds: Any) -> None:
+    if isinstance(embeds, Tensor) and embeds.dim() == 3 and embeds.shape[1] > 1:
+        remember(embeds, VisualLayout.empty(*embeds.shape[:2]))
+
+
+def _is_plain(embeds: Tensor) -> bool:
+    """Whether it has values of its own to compare: not sharded, traced or on no device."""
+    return type(embeds) in (Tensor, nn.Parameter) and not embeds.is_meta
+
+
+def _sample(embeds: Tensor) -> Tensor:
+    """(B, n, FEATURES): enough of every position to know it by; NaN made equal to itself."""
+    apart = max(1, embeds.shape[2] // FEATURES)
+    return embeds.detach()[:, :, ::apart][:, :, :FEATURES].nan_to_num(-1.0, inf, -inf)
+
+
+@dataclass(eq=False)
+class _Prompts:
+    """Embeddings of some rows, as far as they are needed to know them again, and their layout."""
+
+    sample: Tensor
+    layout: VisualLayout
+    made: Any  # a CUDA event after which the sample is there: another stream may ask for it
+    used: int = 0  # when it was remembered or found last
+
+    @classmethod
+    def of(cls, embeds: Tensor, layout: VisualLayout) -> _Prompts:
+        sample, made = _sample(embeds), None
+        if sample.is_cuda:  # copied to the CPU when first asked for: nobody waits for it here
+            made = torch.cuda.Event()
+            made.record(torch.cuda.current_stream(sample.device))
+        return cls(sample, layout, made, next(_CLOCK))
+
+    @property
+    def positions(self) -> int:
+        return self.sample.shape[0] * self.sample.shape[1]
+
+    def find(
+        self, asked: Tensor, rows: list[int], past: int, before: VisualLayout
+    ) -> dict[int, VisualLayout]:
+        """For each of the `rows` of `asked` (B, n, FEATURES) that is here, or a part of one that
+        is, its layout (1, n)."""
+        if self.made is not None:
+            self.made.synchronize()
+        self.sample = self.sample.cpu()
+        n, width = asked.shape[1], self.sample.shape[1]
+        if n > width:
+            return {}
+        kept, asked = self.sample.to(asked.dtype), asked[rows]
+        # (kept, rows, places): where the first position and the last one are these.
+        begins = (kept[:, None, : width - n + 1] == asked[None, :, :1]).all(-1)
+        begins &= (kept[:, None, n - 1 :] == asked[None, :, -1:]).all(-1)
+        found: dict[int, VisualLayout] = {}
+        hits = begins.nonzero().tolist()
+        for row, index, at in sorted(hits, key=lambda hit: (hit[2] != past, hit[2])):
+            b = rows[index]
+            if b in found or not torch.equal(kept[row, at : at + n], asked[index]):
+                continue
+            piece = _piece(self.layout, row, at, n, before.rows(torch.tensor([b], device="cpu")))
+            if piece is not None:
+                found[b] = piece
+        return found
+
+
+def _piece(
+    layout: VisualLayout, index: int, at: int, n: int, before: VisualLayout
+) -> VisualLayout | None:
+    """Columns at … at+n−1 of the row `index` of `layout`, after the row `before`; None where these
+    begin inside an image of which the columns before are not what is cached."""
+    row = layout.rows(torch.tensor([index], device="cpu"))
+    columns, earlier = row.columns(at, at + n), row.columns(0, at)
+    begun = int(row.image[0, : at + n].max()) + 1
+    grids, known = row.grids[0][:begun], before.grids[0]
+    same = before.shape == earlier.shape and torch.equal(before.image, earlier.image)
+    if same and known == grids[: len(known)]:
+        return replace(columns, grids=(grids,))
+    if at > 0 and row.image[0, at] >= 0 and row.image[0, at] == row.image[0, at - 1]:
+        return None
+    first = int(earlier.image.max()) + 1 if at > 0 else 0
+    image = torch.where(columns.visual, columns.image - first, columns.image)
+    return replace(columns, image=image, grids=(grids[first:],)).after(before)
+
+
+def _stacked(rows: list[VisualLayout]) -> VisualLayout:
+    fields = ("visual", "image", "row", "col")
+    tensors = (torch.cat([getattr(row, field) for row in rows]) for field in fields)
+    return VisualLayout(*tensors, tuple(row.grids[0] for row in rows))
+
+
+class _Store:
+    """The prompts of one kind remembered or found last, for any number of threads at once."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._kept: list[_Prompts] = []
+        self._positions = 0
+
+    def add(self, prompts: _Prompts) -> None:
+        with self._lock:
+            self._kept.append(prompts)
+            self._positions += prompts.positions
+            while len(self._kept) > 1 and (
+                len(self._kept) > MOST_PROMPTS or self._positions > MOST_POSITIONS
+            ):
+                oldest = min(self._kept, key=lambda prompts: prompts.used)  # never the newest
+                self._kept.remove(oldest)
+                self._positions -= oldest.positions
+
+    def kept(self) -> list[_Prompts]:
+        with self._lock:
+            return list(self._kept)
+
+
+_CLOCK = count(1)
+_BY_OBJECT = WeakIdKeyDictionary()
+_SHOWN, _TEXT = _Store(), _Store()  # apart: much text must not crowd out the images
