@@ -1,27 +1,41 @@
-"""Learns from the original LLaVA package, without editing it, where the visual tokens of a call
-are. Wraps methods of LLaVA classes; holds no mathematics and changes nothing that LLaVA computes.
+"""Learns from the original LLaVA package, without editing it, where the visual tokens are in what
+its `prepare_inputs_labels_for_multimodal` returns, and remembers it (known_layouts.py). Holds no
+mathematics and changes nothing that LLaVA computes.
 
-How: LLaVA's `prepare_inputs_labels_for_multimodal` returns labels that are -100 at image features.
-Given each token's *position* as its label, what comes back at or above 0 is text, and says which
-input token it was; what comes back -100 and is not padding is an image feature. Which grid cell a
-feature is follows from the config and the image sizes, by LLaVA's own helper functions.
+How: that method returns labels that are -100 at image features. Given each token's *position* as
+its label, what comes back at or above 0 is text, and says which input token it was; what comes back
+-100 and is not padding is an image feature. Which grid cell a feature is follows from the config
+and the image sizes, by LLaVA's own helper functions.
+
+The method is wrapped on the very class that defines it, so that it may be replaced, overridden and
+called as before, under any class that a model is given later.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from yopo.engine.layout import CALL, Call, Grid, VisualLayout, call, during, told
+from yopo.engine.layout import CALL, Grid, VisualLayout
+from yopo.models.decoder import PrunedDecoder
+from yopo.models.known_layouts import remember
+from yopo.models.llava_arguments import adapt, chain
+from yopo.models.parts import plan_of
 
 _PREPARE = "prepare_inputs_labels_for_multimodal"
+_NAMES = {"input_ids", "attention_mask", "labels", "images"}  # that it is known by
+_CONSTANTS = {"IGNORE_INDEX": -100, "IMAGE_TOKEN_INDEX": -200}
 Method = Callable[..., Any]
+
+_WRAPPED: WeakSet[Method] = WeakSet()
 
 
 def is_llava(cls: type) -> bool:
@@ -30,109 +44,89 @@ def is_llava(cls: type) -> bool:
 
 
 def instrument(cls: type) -> None:
-    """Wraps the methods of a LLaVA class through which an image comes in; other classes are left
-    alone, and so are methods that are wrapped already.
+    """Wraps what `cls` inherits of LLaVA's methods, each on the class that defines it and once;
+    does nothing to other classes.
 
-    On a model without a plan the wrappers hand everything through as it came, except
-    `cache_position`, which generate() of transformers 4.38 to 5.3 passes and LLaVA's forward lacks.
+    For models without a plan the wrappers hand everything through as it came. They are never taken
+    off: a model that has a plan may live longer than the patch.
     """
     if not is_llava(cls):
         return
-    for name, wrap in _WRAPPERS.items():
-        found = getattr(cls, name)
-        if found not in _WRAPPED:
-            wrapper = wrap(found, _own_signature(cls, name))
+    for owner in cls.__mro__:
+        found = vars(owner).get(_PREPARE)
+        signature = _signature_to_learn_by(found)
+        if signature is not None:
+            wrapper = _wrap(found, signature)
             _WRAPPED.add(wrapper)
-            setattr(cls, name, wrapper)
+            setattr(owner, _PREPARE, wrapper)
+        if is_llava(owner):
+            adapt(owner)
 
 
-def _own_signature(cls: type, name: str) -> inspect.Signature:
-    """The signature of LLaVA's own method: yopo.apply puts a mixin's forward in front of it."""
-    owner = next(base for base in cls.__mro__ if is_llava(base) and name in vars(base))
-    return inspect.signature(vars(owner)[name])
+def _signature_to_learn_by(found: Any) -> inspect.Signature | None:
+    """By which names a method takes its arguments; None for one that need not be wrapped, as it
+    calls one that is, or cannot be."""
+    if not inspect.isfunction(found) or any(method in _WRAPPED for method in chain(found)):
+        return None
+    innermost = inspect.unwrap(found)
+    if _PREPARE in innermost.__code__.co_names:  # super()'s, or another class's
+        return None
+    signature = inspect.signature(innermost)
+    if signature.parameters.keys() >= _NAMES:
+        return signature
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    return (
+        inspect.signature(_as_llava_has_it) if inspect.Parameter.VAR_POSITIONAL in kinds else None
+    )
 
 
-def _wrap_generate(original: Method, signature: inspect.Signature) -> Method:
-    @functools.wraps(original)
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _has_plan(self):
-            return original(self, *args, **kwargs)
-        with call():  # no image, unless prepare says otherwise
-            return original(self, *args, **kwargs)
-
-    return generate
+def _as_llava_has_it(
+    self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
+): ...  # for its signature: that of a method that takes any arguments
 
 
-def _wrap_forward(original: Method, signature: inspect.Signature) -> Method:
-    names = list(signature.parameters)
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    lacks_cache_position = "cache_position" not in names and not takes_any
-    embeds_place = names.index("inputs_embeds") - 1  # among the arguments after self
-
-    @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if lacks_cache_position:
-            kwargs.pop("cache_position", None)
-        visual = {name: kwargs.pop(name, None) for name in ("visual_mask", "visual_grids")}
-        given = args[embeds_place] if len(args) > embeds_place else kwargs.get("inputs_embeds")
-        if not _has_plan(self):
-            return original(self, *args, **kwargs)
-        if any(value is not None for value in visual.values()):
-            with during(told(**visual)):
-                return original(self, *args, **kwargs)
-        if given is not None:  # generate's own, whose call is open, or foreign: nothing is known
-            return original(self, *args, **kwargs)
-        # Never the call that is open around this one: a logits processor may run a model, too.
-        with call():
-            return original(self, *args, **kwargs)
-
-    forward.__signature__ = signature  # generate() looks up there what it may pass
-    return forward
-
-
-def _wrap_prepare(original: Method, signature: inspect.Signature) -> Method:
+def _wrap(original: Method, signature: inspect.Signature) -> Method:
     @functools.wraps(original)
     def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
-        known = CALL.get()
-        if known is None or not _has_plan(self):
+        try:
+            bound = signature.bind(self, *args, **kwargs)
+        except TypeError:  # the original has its own words for it
             return original(self, *args, **kwargs)
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        if bound.arguments["input_ids"] is None or bound.arguments["images"] is None:
+        given = bound.arguments
+        shows = given.get("input_ids") is not None and given.get("images") is not None
+        if not shows or not _is_asked_for(self):
             return original(self, *args, **kwargs)
-        return _prepare_and_learn(self, original, bound, known)
+        learnt = _prepare_and_learn(self, original, bound)
+        return original(self, *args, **kwargs) if learnt is None else learnt
 
     return prepare
 
 
-_WRAPPERS: dict[str, Callable[[Method, inspect.Signature], Method]] = {
-    _PREPARE: _wrap_prepare,
-    "generate": _wrap_generate,
-    "forward": _wrap_forward,
-}
-_WRAPPED: WeakSet[Method] = WeakSet()
-
-
-def _has_plan(model: Any) -> bool:
-    from yopo.models.attach import (
-        plan_of,  # not at the top: attach.py instruments classes, and imports this
-    )
-
+def _is_asked_for(model: Any) -> bool:
+    """Whether the layout will be asked for: under a plan, unless the call has a visual_mask."""
+    known = CALL.get()
+    if known is not None and known.visual_mask is not None:
+        return False
+    get_model = getattr(model, "get_model", None)
+    decoder = None if get_model is None else get_model()
+    if isinstance(decoder, PreTrainedModel):
+        return isinstance(decoder, PrunedDecoder) and decoder.yopo_plan is not None
     return plan_of(model) is not None
 
 
 def _prepare_and_learn(
-    model: Any, original: Method, bound: inspect.BoundArguments, known: Call
-) -> tuple[Any, ...]:
-    """Runs LLaVA's prepare with positions for labels, and leaves the layout in `known`.
+    model: Any, original: Method, bound: inspect.BoundArguments
+) -> tuple[Any, ...] | None:
+    """Runs LLaVA's prepare with positions for labels, and remembers the layout.
 
-    Returns what LLaVA returns for the caller's own arguments.
+    Returns what LLaVA returns for the caller's own arguments; None for a method that does not
+    return what LLaVA's does, (…, attention_mask, past_key_values, inputs_embeds, labels).
     """
-    names = inspect.unwrap(original).__globals__  # LLaVA's constants and helpers, a fork's its own
+    names = _Names(model, original)
     ignore, image_token = names["IGNORE_INDEX"], names["IMAGE_TOKEN_INDEX"]
     given = bound.arguments
-    input_ids, labels, mask = given["input_ids"], given["labels"], given["attention_mask"]
-    images, sizes = given["images"], given.get("image_sizes")
+    input_ids, labels = given["input_ids"], given.get("labels")
+    mask, images, sizes = given.get("attention_mask"), given["images"], given.get("image_sizes")
 
     valid_ids = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
     shown = [int(n) for n in ((input_ids == image_token) & valid_ids).sum(1)]
@@ -140,23 +134,45 @@ def _prepare_and_learn(
         _check_image_count(shown, len(images))
 
     device = input_ids.device if labels is None else labels.device
-    positions = torch.arange(input_ids.shape[1], device=device).expand(input_ids.shape)
-    given["labels"] = positions
+    given["labels"] = torch.arange(input_ids.shape[1], device=device).expand(input_ids.shape)
     if mask is None:  # without one, LLaVA returns none, and padding could not be told from features
         given["attention_mask"] = valid_ids
-    ids, position_ids, new_mask, past, embeds, positions = original(*bound.args, **bound.kwargs)
-    new_mask_for_caller = None if mask is None else new_mask
+    out = original(*bound.args, **bound.kwargs)
+    if not isinstance(out, tuple) or len(out) < 5:
+        return None
+    *first, new_mask, past, embeds, positions = out
     if embeds is None:  # LLaVA had nothing to put in, and gives back what it was given
-        return ids, position_ids, mask, past, embeds, labels
+        return (*first, mask, past, embeds, labels)
+    fields = (embeds, positions, new_mask)
+    if not all(isinstance(x, Tensor) and x.shape[:2] == embeds.shape[:2] for x in fields):
+        return None
 
-    known.layout = _layout(
-        model, names, shown, positions.cpu() == ignore, new_mask.bool().cpu(), images, sizes
-    )
+    ignored, valid = positions.cpu() == ignore, new_mask.bool().cpu()
+    remember(embeds, _layout(model, names, shown, ignored, valid, images, sizes))
     if labels is not None:
         text = positions >= 0
         own = labels.gather(1, positions.clamp(min=0))
         labels = own.masked_fill(~text, ignore)
-    return ids, position_ids, new_mask_for_caller, past, embeds, labels
+    return (*first, None if mask is None else new_mask, past, embeds, labels)
+
+
+class _Names:
+    """LLaVA's constants and helper functions as a method has them: from its own module, a fork's
+    too, else from where the classes of the model are defined."""
+
+    def __init__(self, model: Any, method: Method) -> None:
+        modules = (sys.modules.get(cls.__module__) for cls in type(model).__mro__)
+        homes = [vars(module) for module in modules if module is not None]
+        self._homes = [inspect.unwrap(method).__globals__, *homes, _CONSTANTS]
+
+    def __getitem__(self, name: str) -> Any:
+        for home in self._homes:
+            if name in home:
+                return home[name]
+        raise ValueError(
+            f"{name}, by which LLaVA lays out an image in tiles, is not where this model's classes "
+            "are defined: pass visual_mask and visual_grids for this model instead of images"
+        )
 
 
 def _check_image_count(shown: Sequence[int], given: int) -> None:
@@ -171,14 +187,14 @@ def _check_image_count(shown: Sequence[int], given: int) -> None:
 
 def _layout(
     model: Any,
-    names: dict[str, Any],
+    names: _Names,
     shown: Sequence[int],
     ignored: Tensor,
     valid: Tensor,
     images: Tensor | Sequence[Tensor],
     sizes: Sequence[tuple[int, int]] | None,
-) -> VisualLayout | None:
-    """The layout of prepared embeddings; None if no visual token is among them.
+) -> VisualLayout:
+    """The layout of prepared embeddings.
 
     shown: images in each row. ignored, valid (B, n) bool, CPU: labels that came back -100; not
     padding. sizes: (width, height) in pixels of each image.
@@ -204,7 +220,7 @@ def _layout(
         cells = cells[: len(places)]
         visual[b, places] = cells
         grids.append(_begun([grid for of_image, _ in row for grid in of_image], int(cells.sum())))
-    return VisualLayout.from_mask(visual, grids) if visual.any() else None
+    return VisualLayout.from_mask(visual, grids)
 
 
 def _begun(grids: Sequence[Grid], tokens: int) -> list[Grid]:
@@ -220,7 +236,7 @@ def _begun(grids: Sequence[Grid], tokens: int) -> list[Grid]:
 
 def _grids_of_image(
     model: Any,
-    names: dict[str, Any],
+    names: _Names,
     images: Tensor | Sequence[Tensor],
     sizes: Sequence[tuple[int, int]] | None,
     index: int,
