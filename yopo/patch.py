@@ -1,5 +1,11 @@
-"""Prunes models as they are built from a config with a plan: `enable`, `undo`, `patched`. Importing
-this module enables."""
+"""Has models pruned as they are built or loaded, by the plan in their config: `enable`, `undo`,
+`patched`. Importing this module enables. It holds no model code and no mathematics.
+
+No name in transformers is replaced but AutoTokenizer's loader on 5.x, see llava_tokenizer.py: each
+model is asked in `post_init`, and once more at the end of `from_pretrained`, for those that do not
+come by it. So it does not matter whether LLaVA, or what else derives from transformers' classes,
+was imported before or after, and a model without a plan stays what it is.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +16,58 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from yopo import versions
-from yopo.models.attach import prune_loaded
+from yopo.models import llava_tokenizer
+from yopo.versions import require_transformers
 
-_stock_post_init = PreTrainedModel.post_init
+_NAMES = ("post_init", "from_pretrained")
 
-
-@functools.wraps(_stock_post_init)
-def _post_init(self: Any) -> None:
-    _stock_post_init(self)
-    prune_loaded(self)
+_stock: dict[str, Any] = {}  # what undo() puts back; empty: not enabled
 
 
 def enable() -> None:
-    versions.require_transformers()
-    PreTrainedModel.post_init = _post_init
+    """Has every model pruned from now on that is built from a config with a plan. Does nothing when
+    that is so already.
+
+    Raises ImportError for a transformers that yopo cannot work with.
+    """
+    if _stock:
+        return
+    require_transformers()
+    # After the version check: these cannot even be imported on a foreign transformers.
+    from yopo.models.loading import prune_loaded
+
+    stock = {name: vars(PreTrainedModel)[name] for name in _NAMES}
+
+    @functools.wraps(stock["post_init"])
+    def post_init(self: Any) -> None:
+        stock["post_init"](self)
+        prune_loaded(self)
+
+    @functools.wraps(stock["from_pretrained"].__func__)
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        loaded = stock["from_pretrained"].__get__(None, cls)(*args, **kwargs)
+        prune_loaded(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    _stock.update(stock)
+    PreTrainedModel.post_init = post_init
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    llava_tokenizer.install()
 
 
 def undo() -> None:
-    PreTrainedModel.post_init = _stock_post_init
+    """Leaves transformers as it was before enable(); does nothing when not enabled.
+
+    Models made meanwhile stay what they are: one that was loaded with a plan goes on by it. LLaVA's
+    classes keep their wrapped methods (original_llava.py), which hand everything through for models
+    without a plan.
+    """
+    if not _stock:
+        return
+    for name in _NAMES:
+        setattr(PreTrainedModel, name, _stock[name])
+    llava_tokenizer.uninstall()
+    _stock.clear()
 
 
 @contextmanager
