@@ -287,15 +287,16 @@ def known_of(
         return known if isinstance(cache, VisualCache) or known.visual_mask.any() else None
     if embeds is None:
         return None
+    before = cache.layout if isinstance(cache, VisualCache) else VisualLayout.empty(batch, past)
     if known is not None:
-        return known.layout
-    layout = known_layouts.recall(embeds, past)
-    if layout is not None:
-        return layout
+        return known.layout if known.layout is None or past == 0 else known.layout.after(before)
     if n == 1:
         return None
+    layout = known_layouts.recall(embeds, before)
+    if layout is not None:
+        return layout if layout.visual.any() else None
     guess = getattr(decoder.config, "sprompt_len", None)
-    if os.environ.get("YOPO_LAYOUT") == "released" and guess is not None and past == 0:
+    if _released_is_asked_for() and guess is not None and past == 0:
         return int(guess)
     otherwise = (
         f"; or set YOPO_LAYOUT=released, which takes one 24 × 24 image after {guess} tokens for "
@@ -309,6 +310,13 @@ def known_of(
     )
 
 
+def _released_is_asked_for() -> bool:
+    chosen = os.environ.get("YOPO_LAYOUT", "")
+    if chosen not in ("", "released"):
+        raise ValueError(f"YOPO_LAYOUT is {chosen!r}; allowed: released, or leave it unset")
+    return chosen == "released"
+
+
 def layout_of(
     known: Call | VisualLayout | int | None, cache: Any, past: int, valid: Tensor
 ) -> VisualLayout:
@@ -316,14 +324,13 @@ def layout_of(
     batch, n = valid.shape
     before = cache.layout if isinstance(cache, VisualCache) else VisualLayout.empty(batch, past)
     if known is None:
-        layout = VisualLayout.empty(batch, n)
-        layout = layout.after(before)
+        layout = VisualLayout.empty(batch, n).after(before)
     elif isinstance(known, Call):
         layout = _from_user(known, before, past, n, batch)
     elif isinstance(known, int):
         layout = VisualLayout.from_released(valid, known)
     else:
-        layout = known.after(before) if past else known
+        layout = known
     if bool((layout.visual & ~valid).any()):
         b, j = (layout.visual & ~valid).nonzero()[0].tolist()
         raise ValueError(

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from yopo.models import families
+from yopo.models import original_llava
 from yopo.models.decoder import PrunedDecoder
-from yopo.models.exchange import Exchanged, derive, put, stock_of
+from yopo.models.exchange import put, stock_of
 from yopo.models.parts import Parts, plan_of, refuse_foreign
 from yopo.models.probe import probe
 from yopo.models.replaced import replaced_forward
@@ -86,33 +86,10 @@ def applied(model: Model, plan: Any) -> Iterator[Model]:
 
 def put_plan(parts: Parts, plan: PruningPlan) -> None:
     """Exchanges the classes and sets the plan; the config is the caller's to write."""
+    original_llava.instrument(type(parts.teller))
     for module, pruned in zip(parts.modules, parts.pruned_classes(), strict=True):
         put(module, pruned)
     parts.decoder.set_plan(plan)
-
-
-def prune_loaded(model: Any) -> None:
-    """Prunes a model that is being built from a config with a plan: a decoder, or an outer model
-    around one. Leaves a model without a plan alone. patch.py calls it of every model.
-
-    Raises TypeError, naming its class, for a model with a plan that yopo cannot prune.
-    """
-    config = getattr(model, "config", None)
-    plan = None if config is None else PruningPlan.from_config(config)
-    if plan is None or (plan_of(model) == plan and _is_put(model)):
-        return
-    if families.is_decoder(model):
-        put(model, derive(PrunedDecoder, type(model)))
-        model.set_plan(plan)
-        return
-    parts = Parts.of(model)
-    if parts.outer is model:
-        refuse_foreign(parts)
-        put_plan(parts, plan)
-
-
-def _is_put(model: Any) -> bool:
-    return isinstance(model, Exchanged)
 
 
 def remove(model: Model) -> Model:

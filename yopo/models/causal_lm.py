@@ -42,7 +42,8 @@ class PrunedCausalLM(Exchanged):
         mask, tokens = kwargs.get("visual_mask"), kwargs.get("inputs_embeds")
         if tokens is None:
             tokens = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        if mask is not None and tokens is not None and mask.shape != tokens.shape[:2]:
+        whole = kwargs.get("images") is None  # LLaVA has yet to put features between these tokens
+        if whole and mask is not None and tokens is not None and mask.shape != tokens.shape[:2]:
             raise ValueError(other_shape(mask, *tokens.shape[:2]))
         return super().generate(*args, **kwargs)
 

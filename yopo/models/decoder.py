@@ -21,6 +21,7 @@ from yopo.engine.layer_plan import LayerPlans
 from yopo.engine.layout import Grid
 from yopo.models.arguments import resolve
 from yopo.models.exchange import Exchanged
+from yopo.models.known_layouts import unwatch_text, watch_text
 from yopo.models.layers import call_layer, exchange_layers, restore_layers
 from yopo.models.probe import probe
 from yopo.models.uncalled import warn_of_uncalled
@@ -41,6 +42,7 @@ class PrunedDecoder(Exchanged):
         """Prunes by `plan` from now on; None: as stock. Raises ValueError if it does not fit."""
         if plan is None:
             restore_layers(self.layers)
+            unwatch_text(self.embed_tokens)
             self._yopo_layer_plans = self.yopo_plan = None
             return
         plan.validate(self.config)
@@ -50,7 +52,13 @@ class PrunedDecoder(Exchanged):
         with torch.inference_mode(False):
             self._yopo_layer_plans = LayerPlans.build(self.config, plan)
         exchange_layers(self.layers)
+        watch_text(self.embed_tokens)
         self.yopo_plan = plan
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "embed_tokens" and self.yopo_plan is not None:  # resized, or an adapter on it
+            watch_text(value)
 
     def forward(
         self,
