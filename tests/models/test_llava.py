@@ -22,6 +22,8 @@ from oracle import extended, oracle_forward, oracle_greedy, oracle_loss
 from random_llava import PINPOINTS, PIXELS, SIDE, a_plan
 from torch import Tensor
 
+from yopo.versions import passed_to_every_forward
+
 if importlib.util.find_spec("llava") is None:  # looked for, not imported: the patch comes first
     pytest.skip("llava-torch is not installed", allow_module_level=True)
 pytestmark = pytest.mark.llava
@@ -97,13 +99,22 @@ def batch(rows: list[list[int]], side: str = "right") -> tuple[Tensor, Tensor]:
 
 
 def prepare(model: Any, ids: Tensor, mask: Tensor | None, images: Any, **more: Any) -> Any:
-    """What prepare returns inside a call, and what it leaves there; checked against stock's."""
-    from yopo.engine.layout import call
+    """What prepare returns, and the layout that is known of it (None: no visual token); checked
+    against stock's, and that a copy is known as well as the very tensor."""
+    from yopo.engine.layout import VisualLayout
+    from yopo.models.known_layouts import recall
 
     labels, sizes = more.get("labels"), more.get("image_sizes")
     arguments = (ids, more.get("position_ids"), mask, None, labels, images, sizes)
-    with torch.no_grad(), call() as known:
+    with torch.no_grad():
         got = model.prepare_inputs_labels_for_multimodal(*arguments)
+    layout, embeds = None, got[4]
+    if embeds is not None and embeds.shape[1] > 1:
+        nothing_cached = VisualLayout.empty(len(embeds))
+        layout = recall(embeds, nothing_cached)
+        copied = recall(embeds.clone(), nothing_cached)
+        same_layout(copied, layout)
+        assert copied.grids == layout.grids
     original = inspect.unwrap(type(model).prepare_inputs_labels_for_multimodal)
     with torch.no_grad():
         stock = original(model, *arguments)
@@ -112,7 +123,7 @@ def prepare(model: Any, ids: Tensor, mask: Tensor | None, images: Any, **more: A
             assert a.dtype == b.dtype and torch.equal(a, b)
         else:
             assert a is b
-    return got, known.layout
+    return got, layout if layout is not None and layout.visual.any() else None
 
 
 def expected_layout(rows: list[list[int]], side: str = "right", limit: int = 10**6) -> Any:
@@ -290,10 +301,14 @@ def test_wrong_counts_are_refused(flat: Any, monkeypatch: pytest.MonkeyPatch) ->
         prepare(flat, ids, mask, pixels(3))
 
 
-def test_forward_keeps_llavas_signature(flat: Any) -> None:
+def test_forward_tells_llavas_signature_and_ours(flat: Any) -> None:
     names = inspect.signature(flat.forward).parameters
-    assert "images" in names and "cache_position" not in names and "visual_mask" not in names
-    flat(torch.tensor([[1, 5]]), cache_position=torch.tensor([0, 1]))
+    assert "images" in names and "visual_mask" in names and "visual_grids" in names
+    # generate() of some versions goes by these: what is not told must not come, what comes is told.
+    assert "cache_position" not in names
+    passed = passed_to_every_forward()
+    assert ("cache" in names) == ("cache" in passed)
+    flat(torch.tensor([[1, 5]]), **dict.fromkeys(passed))
 
 
 # ------------------------------------------------------------------ what it computes under a plan
@@ -549,8 +564,8 @@ def add(name, compute):
         with torch.no_grad():
             value = compute()
     except TypeError as error:
-        assert "cache_position" in str(error), error
-        value = None  # LLaVA alone, with transformers 4.38 to 5.3
+        assert "cache" in str(error), error
+        value = None  # LLaVA alone, with transformers 4.38 to 5.3 and from 5.24 on
     answers[name] = value if value is None else hashlib.sha256(value.numpy().tobytes()).hexdigest()
 for name, how in {"greedy": {}, "beams": {"num_beams": 2}, "sample": {"do_sample": True}}.items():
     torch.manual_seed(1)

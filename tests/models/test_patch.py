@@ -1,8 +1,8 @@
-"""yopo.patch puts its classes into transformers and takes them out; the version gate refuses."""
+"""yopo.patch prunes models as they are built or loaded, and touches nothing else; which versions
+are refused."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
@@ -14,17 +14,20 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from layouts import make_case
+from oracle import oracle_forward
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+import yopo
 from yopo import modeling_llama_prune as ours
 from yopo import versions as _compat
-from yopo.models import original_llava as llava
+from yopo.models.decoder import PrunedDecoder
 from yopo.plan.pruning_plan import PruningPlan
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = ("transformers", "transformers.models.llama", "transformers.models.llama.modeling_llama")
 NAMES = ("LlamaModel", "LlamaForCausalLM")
+METHODS = ("post_init", "from_pretrained")
 CONFIG = dict(
     vocab_size=31,
     hidden_size=16,
@@ -33,17 +36,19 @@ CONFIG = dict(
     num_attention_heads=2,
     num_key_value_heads=2,
 )
+PLAN = PruningPlan(torch.tensor([[1, 0], [0, 1]]), window=3, layer_cut=1)
 
 
-def installed() -> dict[tuple[str, str], type]:
-    return {
-        (module, name): getattr(importlib.import_module(module), name)
-        for module in MODULES
-        for name in NAMES
-    }
+def names() -> list[Any]:
+    return [getattr(sys.modules[module], name) for module in MODULES for name in NAMES]
 
 
-STOCK = installed()  # at collection: nothing may have been patched by then
+def methods() -> list[Any]:
+    return [vars(PreTrainedModel)[name] for name in METHODS]
+
+
+STOCK_NAMES, STOCK_METHODS = names(), methods()  # at collection: nothing may have been patched yet
+StockLlama, StockCausalLM = STOCK_NAMES[:2]
 
 
 @pytest.fixture
@@ -54,83 +59,116 @@ def patch() -> Iterator[Any]:
     yopo.patch.enable()
     yield yopo.patch
     yopo.patch.undo()
+    assert methods() == STOCK_METHODS
 
 
-def is_ours() -> bool:
-    now = installed()
-    assert all(value is getattr(ours, name) for (_, name), value in now.items()) or now == STOCK
-    return now != STOCK
+def is_in() -> bool:
+    """Whether the patch is; the names of transformers' classes it never touches."""
+    assert names() == STOCK_NAMES
+    replaced = [a is not b for a, b in zip(methods(), STOCK_METHODS, strict=True)]
+    assert all(replaced) or not any(replaced)
+    return all(replaced)
+
+
+def config_with(plan: PruningPlan | None, **more: Any) -> LlamaConfig:
+    config = LlamaConfig(**CONFIG, **more)
+    if plan is not None:
+        plan.save_to(config)
+    return config
+
+
+def is_stock(model: Any, cls: type) -> bool:
+    inner = getattr(model, "model", model)
+    return type(model) is cls and type(inner) is StockLlama and yopo.plan_of(model) is None
+
+
+def is_pruned(model: Any, cls: type, plan: PruningPlan = PLAN) -> bool:
+    """By the plan, and really: an image's logits are the oracle's."""
+    assert isinstance(model, cls) and type(model).__name__ == cls.__name__
+    assert yopo.plan_of(model) == plan
+    case = make_case([[("text", 2), ("image", 2, 2, False), ("text", 3)]], 16)
+    with torch.no_grad():
+        got = model.eval()(**case.kwargs())[0]
+    if isinstance(model, PrunedDecoder):
+        return bool(got.isfinite().all())
+    truth = oracle_forward(model, plan, case.inputs_embeds, case.layout).logits
+    return bool((got - truth).abs().max() < 1e-4)
 
 
 def test_enable_and_undo_any_number_of_times(patch: Any) -> None:
-    assert is_ours()
+    assert is_in()
     patch.enable()
-    assert is_ours()
+    assert is_in()
     patch.undo()
-    assert not is_ours()
+    assert not is_in()
     patch.undo()
-    assert not is_ours()
-    assert all(installed()[key] is value for key, value in STOCK.items())
+    assert not is_in()
 
 
 def test_patched_leaves_things_as_they_were(patch: Any) -> None:
     with patch.patched():
-        assert is_ours()
-    assert is_ours()  # it was enabled before
+        assert is_in()
+    assert is_in()  # it was enabled before
     patch.undo()
     with pytest.raises(KeyError), patch.patched():
-        assert is_ours()
+        assert is_in()
         raise KeyError
-    assert not is_ours()
+    assert not is_in()
 
 
-def test_auto_classes_follow(patch: Any, tmp_path: Path) -> None:
+def test_the_plan_in_the_config_decides(patch: Any, tmp_path: Path) -> None:
+    folders = {}
+    for name, plan in (("dense", None), ("pruned", PLAN)):
+        patch.undo()
+        stock = AutoModelForCausalLM.from_config(config_with(plan))
+        assert is_stock(stock, StockCausalLM)
+        folders[name] = tmp_path / name
+        stock.save_pretrained(folders[name])
+    patch.enable()
+    for load in (AutoModelForCausalLM.from_pretrained, StockCausalLM.from_pretrained):
+        assert is_stock(load(folders["dense"]), StockCausalLM)
+        assert is_pruned(load(folders["pruned"]), StockCausalLM)
+    assert is_stock(AutoModel.from_pretrained(folders["dense"]), StockLlama)
+    assert is_pruned(AutoModel.from_pretrained(folders["pruned"]), StockLlama)
+    assert is_stock(AutoModelForCausalLM.from_config(config_with(None)), StockCausalLM)
+    assert is_pruned(AutoModelForCausalLM.from_config(config_with(PLAN)), StockCausalLM)
+    assert is_pruned(StockLlama(config_with(PLAN)), StockLlama)
+    model, info = StockCausalLM.from_pretrained(folders["pruned"], output_loading_info=True)
+    assert is_pruned(model, StockCausalLM) and not info["missing_keys"]
     patch.undo()
-    config = LlamaConfig(**CONFIG)
-    for _ in range(2):
-        # Resolved before: the mapping must not remember.
-        assert type(AutoModel.from_config(config)) is STOCK["transformers", "LlamaModel"]
-        causal = AutoModelForCausalLM.from_config(config)
-        assert type(causal) is STOCK["transformers", "LlamaForCausalLM"]
-        causal.save_pretrained(tmp_path)
-        with patch.patched():
-            assert MODEL_MAPPING[LlamaConfig] is ours.LlamaModel
-            assert MODEL_FOR_CAUSAL_LM_MAPPING[LlamaConfig] is ours.LlamaForCausalLM
-            assert type(AutoModel.from_config(config)) is ours.LlamaModel
-            assert type(AutoModelForCausalLM.from_config(config)) is ours.LlamaForCausalLM
-            loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-            assert type(loaded) is ours.LlamaForCausalLM and type(loaded.model) is ours.LlamaModel
-            assert type(AutoModel.from_pretrained(tmp_path)) is ours.LlamaModel
+    assert is_stock(AutoModelForCausalLM.from_pretrained(folders["dense"]), StockCausalLM)
+    # What was loaded meanwhile goes on by its plan.
+    assert is_pruned(model, StockCausalLM)
 
 
 def like_llava() -> type:
-    """A class built as LLaVA builds its own, on whatever transformers has at this moment."""
+    """A class built as LLaVA builds its own."""
 
     class Model(transformers.LlamaModel):
         pass
 
     class CausalLM(transformers.LlamaForCausalLM):
         def __init__(self, config: Any) -> None:
-            super(LlamaForCausalLM, self).__init__(config)
+            super(transformers.LlamaForCausalLM, self).__init__(config)
             self.model = Model(config)
             self.vocab_size = config.vocab_size
             self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.post_init()
 
-    LlamaForCausalLM = transformers.LlamaForCausalLM
     return CausalLM
 
 
-@pytest.mark.parametrize("make", [lambda: transformers.LlamaForCausalLM, like_llava])
-def test_seeded_construction(patch: Any, make: Any) -> None:
+@pytest.mark.parametrize("plan", [None, PLAN])
+@pytest.mark.parametrize("cls", [transformers.LlamaForCausalLM, like_llava()])
+def test_seeded_construction(patch: Any, cls: type, plan: PruningPlan | None) -> None:
+    """Of classes defined before the patch came in, too."""
     states, after = [], []
     for enabled in (True, False):
         if not enabled:
             patch.undo()
-        cls = make()
-        assert issubclass(cls, ours.LlamaForCausalLM) == enabled
         torch.manual_seed(4)
-        model = cls(LlamaConfig(**CONFIG))
+        model = cls(config_with(plan))
+        assert (yopo.plan_of(model) == plan) == (enabled or plan is None)
         states.append(model.state_dict())
         after.append(torch.rand(3))
         ids = torch.tensor([[1, 2, 3]])
@@ -140,59 +178,121 @@ def test_seeded_construction(patch: Any, make: Any) -> None:
     assert torch.equal(*after)
 
 
-def with_prepare(base: type) -> type:
-    class FakeLlava(base):
-        def prepare_inputs_labels_for_multimodal(
-            self, input_ids, position_ids, attention_mask, past_key_values, labels, images
-        ):
-            """LLaVA's."""
+def test_a_class_may_go_on_building_after_post_init(patch: Any) -> None:
+    """Or come by it twice, with another decoder."""
 
-        def generate(self, inputs=None, images=None, **kwargs):
-            """LLaVA's."""
+    class Longer(transformers.LlamaForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.first, self.model = self.model, transformers.LlamaModel(config)
+            self.post_init()
+            self.extra = torch.nn.Linear(2, 2)
 
-        def forward(self, input_ids=None, inputs_embeds=None, images=None):
-            return input_ids
-
-    return FakeLlava
-
-
-def test_llava_classes_are_instrumented_once_and_others_never(patch: Any) -> None:
-    made = with_prepare(transformers.LlamaForCausalLM)
-    wrapped = {name: vars(made)[name] for name in ("generate", "forward")}
-    assert all(hasattr(method, "__wrapped__") for method in wrapped.values())
-    assert made.generate.__doc__ == "LLaVA's."
-    llava.instrument(made)
-    assert all(vars(made)[name] is method for name, method in wrapped.items())
-    derived = type("Derived", (made,), {})
-    assert "forward" not in vars(derived)  # what it inherits is wrapped
-    assert "forward" not in vars(type("Plain", (transformers.LlamaForCausalLM,), {}))
+    model = Longer(config_with(PLAN))
+    assert is_pruned(model, Longer)
+    assert isinstance(model.extra, torch.nn.Linear) and isinstance(model, StockCausalLM)
 
 
-def test_a_model_made_under_the_patch_stays_itself(patch: Any) -> None:
-    """What is loaded within `with patched():` is used after it."""
-    made = with_prepare(transformers.LlamaForCausalLM)
+def test_a_model_that_comes_by_no_post_init_is_pruned_when_loaded(
+    patch: Any, tmp_path: Path
+) -> None:
+    class Own(transformers.LlamaForCausalLM):
+        post_init = vars(PreTrainedModel)["post_init"].__wrapped__  # as it was before the patch
+
+    Own(config_with(PLAN)).save_pretrained(tmp_path)
+    assert is_pruned(Own.from_pretrained(tmp_path), Own)
+
+
+@pytest.mark.parametrize("how", ["from_pretrained", "from_config"])
+@pytest.mark.parametrize(
+    ("name", "auto"),
+    [
+        ("MistralForCausalLM", "AutoModelForCausalLM"),  # around a decoder that is known
+        ("LlamaForSequenceClassification", "AutoModelForSequenceClassification"),
+        ("OPTForCausalLM", "AutoModelForCausalLM"),
+        ("BloomForCausalLM", "AutoModelForCausalLM"),
+    ],
+)
+def test_a_plan_in_an_unknown_class_is_an_error_that_names_it(
+    patch: Any, tmp_path: Path, name: str, auto: str, how: str
+) -> None:
+    cls = getattr(transformers, name)
+    sizes = dict(CONFIG, ffn_dim=24, word_embed_proj_dim=16, n_layer=2, n_head=2, pad_token_id=0)
+    config = cls.config_class(**sizes)
+    config.intermediate_size = 24  # which a plan asks for, and Bloom's config lacks
+    assert type(cls(config)) is cls
     patch.undo()
-    assert hasattr(made.forward, "__wrapped__")
-    patch.enable()  # classes made under an earlier enable are no reason to refuse
-    assert is_ours()
+    PLAN.save_to(config)
+    cls(config).save_pretrained(tmp_path)
+    with (
+        patch.patched(),
+        pytest.raises(TypeError, match=rf"config of this {name} has a plan \(yopo\)") as caught,
+    ):
+        if how == "from_config":
+            getattr(transformers, auto).from_config(config)
+        else:
+            getattr(transformers, auto).from_pretrained(tmp_path)
+    for part in ("LlamaForCausalLM", "LlavaForConditionalGeneration", "take the plan out"):
+        assert part in str(caught.value)
 
 
-EARLY = """
-import sys, types
-import transformers
-module = types.ModuleType("llava.model.language_model.llava_llama")
-sys.modules[module.__name__] = module
-class LlavaLlamaForCausalLM(transformers.LlamaForCausalLM):
-    __module__ = module.__name__
-    def prepare_inputs_labels_for_multimodal(self): ...
-module.LlavaLlamaForCausalLM = LlavaLlamaForCausalLM
-stock = transformers.LlamaForCausalLM
-try:
-    import yopo.patch
-except ImportError as error:
-    print(error)
-assert transformers.LlamaForCausalLM is stock
-"""
+def test_a_part_with_its_model_s_config_is_no_unknown_model(patch: Any) -> None:
+    """A resampler, say, that is a PreTrainedModel and takes the language model's config."""
+
+    class Part(PreTrainedModel):
+        config_class = LlamaConfig
+        _supports_sdpa = True
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.linear = torch.nn.Linear(2, 2)
+            self.post_init()
+
+        def _init_weights(self, module: Any) -> None:
+            pass
+
+    class Whole(transformers.LlamaForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.part = Part(config)
+            self.post_init()
+
+    model = Whole(config_with(PLAN))
+    assert is_pruned(model, Whole) and type(model.part) is Part
+    with pytest.raises(TypeError, match="config of this Part has a plan"):
+        Part(config_with(PLAN))
+
+
+def test_an_unknown_part_with_a_plan_of_its_own_is_an_error(patch: Any) -> None:
+    """The model around it, which has none, will not be asked."""
+
+    class Around(PreTrainedModel):
+        config_class = LlamaConfig
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.inner = transformers.LlamaForSequenceClassification(config_with(PLAN))
+
+    with pytest.raises(TypeError, match="config of this LlamaForSequenceClassification has"):
+        Around(config_with(None))
+
+
+def test_a_corrupt_plan_is_an_error(patch: Any) -> None:
+    config = config_with(None)
+    config.yopo = {"format": 99}
+    with pytest.raises(ValueError, match="format is 99"):
+        AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_direct_construction_needs_no_patch(patch: Any, patched: bool, tmp_path: Path) -> None:
+    if not patched:
+        patch.undo()
+    assert is_pruned(ours.LlamaForCausalLM(config_with(PLAN)), ours.LlamaForCausalLM)
+    assert is_pruned(ours.LlamaModel(config_with(PLAN)), ours.LlamaModel)
+    assert yopo.plan_of(ours.LlamaForCausalLM(config_with(None))) is None
+    ours.LlamaForCausalLM(config_with(PLAN)).save_pretrained(tmp_path)
+    assert is_pruned(ours.LlamaForCausalLM.from_pretrained(tmp_path), ours.LlamaForCausalLM)
 
 
 def run(script: str, **environment: str) -> str:
@@ -208,23 +308,21 @@ def run(script: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_llava_imported_first_is_an_error_that_says_what_to_do() -> None:
-    said = run(EARLY)
-    assert "llava.model.language_model.llava_llama was imported before yopo.patch" in said
-    for remedy in ("`import yopo.patch` above", "python -m yopo run -m", "yopo.apply(model, plan)"):
-        assert remedy in said
-
-
 def test_importing_enables_in_a_fresh_process() -> None:
     said = run(
         "import yopo, sys; assert 'transformers' not in sys.modules\n"
-        "import yopo.patch, transformers\nprint(transformers.LlamaModel.__module__)"
+        "import transformers\nstock = transformers.LlamaModel\n"
+        "before = transformers.PreTrainedModel.post_init\nimport yopo.patch\n"
+        "print(transformers.LlamaModel is stock, transformers.PreTrainedModel.post_init is before)"
     )
-    assert said.strip() == "yopo.modeling_llama_prune"
+    assert said.split() == ["True", "False"]
 
 
-@pytest.mark.parametrize("version", ["4.36.0", "4.36.2", "4.57.6", "5.0.1", "5.1.0", "5.23.4"])
-def test_supported_versions(version: str) -> None:
+@pytest.mark.parametrize(
+    "version", ["4.36.0", "4.36.2", "4.57.6", "5.0.1", "5.1.0", "5.24.4", "5.25.0", "6.0.0.dev0"]
+)
+def test_versions_that_are_let_through(version: str) -> None:
+    """Those newer than tested, too: there the layers of a model are probed."""
     _compat.require_transformers(version)
 
 
@@ -235,16 +333,13 @@ def test_supported_versions(version: str) -> None:
         ("3.5.1", "older"),
         ("5.0.0", "tokenises LLaVA's prompts differently"),
         ("5.0.0rc1", "tokenises LLaVA's prompts differently"),
-        ("5.24.0", "newer"),
-        ("5.24.0.dev0", "newer"),
-        ("6.0.0", "newer"),
     ],
 )
 def test_unsupported_versions(version: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("YOPO_ANY_TRANSFORMERS", raising=False)
     with pytest.raises(ImportError) as caught:
         _compat.require_transformers(version)
-    for part in (version, reason, "4.36.x to 5.23.x", "pip install 'transformers>=4.36,<5.24"):
+    for part in (version, reason, "4.36.x to 5.24.x", "pip install 'transformers>=4.36,!="):
         assert part in str(caught.value)
     monkeypatch.setenv("YOPO_ANY_TRANSFORMERS", "1")
     with pytest.warns(UserWarning, match=reason):
@@ -265,7 +360,7 @@ def test_enable_asks_for_the_version(patch: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("YOPO_ANY_TRANSFORMERS", raising=False)
     with pytest.raises(ImportError, match=r"4\.30\.0 is older"):
         patch.enable()
-    assert not is_ours()
+    assert not is_in()
 
 
 @pytest.mark.skipif(_compat.has_families(), reason="this transformers is new enough for families")
