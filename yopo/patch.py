@@ -72,12 +72,13 @@ def undo() -> None:
 
 @contextmanager
 def patched() -> Iterator[None]:
-    was = PreTrainedModel.post_init is _post_init
+    """Enabled within the block; afterwards enabled or not as it was before."""
+    was_enabled = bool(_stock)
     enable()
     try:
         yield
     finally:
-        if not was:
+        if not was_enabled:
             undo()
 
 
