@@ -91,7 +91,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         turned, rest = x.tensor_split([cos.shape[-1]], dim=-1)
         return torch.cat([rotate(turned, cos, sin), rest], dim=-1)
     first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    swapped = torch.cat([-second, first], dim=-1)
+    if x.dtype == cos.dtype:
+        return torch.addcmul(x * cos, swapped, sin)
+    return (x * cos + swapped * sin).to(x.dtype)
 
 
 def attend_layer(attn: nn.Module, x: Tensor, call: LayerCall) -> Tensor:
@@ -103,21 +106,29 @@ def attend_layer(attn: nn.Module, x: Tensor, call: LayerCall) -> Tensor:
     if not shared.in_place:
         stores = stores[0].fork(), stores[1].fork()
 
-    def turned(linear: Linear, heads: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def turned(linear: Linear, heads: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rotated text rows of all heads, and visual rows of `heads`."""
+        if heads is None:
+            every = rotate(linear(x).unflatten(-1, (-1, shared.head_dim)), cos, sin)
+            return every[:n_text], every[n_text:]
         text, visual = project_to_heads(linear, x, n_text, heads, shared.head_dim)
-        if visual is None:
-            return rotate(text, cos, sin), None
         return rotate(text, cos[:n_text], sin[:n_text]), rotate(visual, cos[n_text:], sin[n_text:])
 
-    q_proj, k_proj, v_proj = to_qkv(attn, x)
-    q, visual_q = turned(q_proj, plan.visual_heads)
+    sliced = n_text < len(x)
+    q_proj, k_proj, v_proj = to_qkv(attn, x, sliced)
+    if sliced:
+        q, visual_q = turned(q_proj, plan.visual_heads)
+        k, visual_k = turned(k_proj, plan.visual_key_heads)
+    else:
+        both = [linear(x).unflatten(-1, (-1, shared.head_dim)) for linear in (q_proj, k_proj)]
+        heads = [each.shape[1] for each in both]
+        q, k = rotate(torch.cat(both, dim=1), cos, sin).split(heads, dim=1)
+        visual_q = visual_k = None
     if q.shape[1] != plan.heads:
         raise ValueError(
             f"q_proj gives {q.shape[1]} heads where the plan has {plan.heads}: the heads are split "
             "over processes (tensor parallelism, tp_plan), or were taken out. Load the model whole"
         )
-    k, visual_k = turned(k_proj, plan.visual_key_heads)
     v, visual_v = project_to_heads(v_proj, x, n_text, plan.visual_value_heads, shared.head_dim)
     _fill(stores, plan, shared.index, (k, v), (visual_k, visual_v), shared.in_place)
     if call.into is not None:

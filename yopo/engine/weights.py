@@ -89,12 +89,12 @@ def call(module: nn.Module, x: Tensor) -> Called:
     return Called(module(x))
 
 
-def to_qkv(attn: nn.Module, x: Tensor) -> tuple[Linear, Linear, Linear]:
-    """The projections to queries, keys and values, of which those that cannot be sliced are called
-    with x (N, d)."""
-    if not hasattr(attn, "qkv_proj"):
+def to_qkv(attn: nn.Module, x: Tensor, sliced: bool) -> tuple[Linear, Linear, Linear]:
+    """The projections to queries, keys and values. Where they are to be `sliced`, those that cannot
+    be are called with x (N, d)."""
+    if "qkv_proj" not in attn._modules:
         modules = (attn.q_proj, attn.k_proj, attn.v_proj)
-        return tuple(m if is_plain(m) else call(m, x) for m in modules)
+        return tuple(m if not sliced or is_plain(m) else call(m, x) for m in modules)
     kv = attn.config.num_key_value_heads * attn.head_dim
     q = attn.config.num_attention_heads * attn.head_dim
     return _split(attn.qkv_proj, x, q, kv, kv)
@@ -148,7 +148,7 @@ def project_from_heads(
     """text (Nt, H, D), and visual (Nv, H', D), the outputs of `heads`, the others being zero →
     (N, d)."""
     if visual is None:
-        return linear(text.flatten(1)) if is_plain(linear) else call(linear, text.flatten(1)).output
+        return linear(text.flatten(1))
     if heads is not None and not is_plain(linear):
         visual = visual.new_zeros(len(visual), *text.shape[1:]).index_copy(1, heads, visual)
         heads = None
