@@ -520,6 +520,40 @@ def test_a_bad_yopo_mass_is_refused_not_ignored(setting, monkeypatch):
         PruningPlan.from_config(target)
 
 
+# --- with_mass ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "masses"),
+    [("exact", ("exact", "exact")), ("drop", ("drop", "drop")), ("exact/drop", ("exact", "drop"))],
+)
+def test_with_mass_changes_the_masses_and_nothing_else(setting, masses):
+    made = plan(**DECIDED)
+    changed = made.with_mass(setting)
+    assert (changed.head_mass, changed.cut_mass) == masses
+    assert changed == replace(made, head_mass=masses[0], cut_mass=masses[1], text_mass=None)
+    assert made == plan(**DECIDED)
+
+
+def test_with_mass_keeps_the_constants_that_calibrated_uses():
+    changed = plan(**DECIDED).with_mass("drop/calibrated", text_mass=torch.ones(LAYERS, HEADS))
+    assert torch.equal(changed.text_mass, torch.tensor(SHARES)), "its own, not those offered"
+    lacking = plan().with_mass("calibrated", text_mass=SHARES)
+    assert torch.equal(lacking.text_mass, torch.tensor(SHARES))
+    assert plan().with_mass("drop", text_mass=SHARES).text_mass is None
+
+
+def test_with_mass_refuses_calibrated_without_constants_and_names_the_remedy():
+    with pytest.raises(ValueError, match=r"--mass is 'drop/calibrated'.*no.*text_mass; use exact"):
+        plan().with_mass("drop/calibrated", name="--mass")
+
+
+@pytest.mark.parametrize("setting", ["", "Exact", "exact/", "/drop", "drop/drop/drop", None, 1, []])
+def test_with_mass_refuses_other_words_calling_the_setting_by_its_name(setting):
+    with pytest.raises(ValueError, match="mass is .*allowed: HEAD or HEAD/CUT.*exact, drop, cali"):
+        plan().with_mass(setting)
+
+
 # --- in words ----------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from yopo.plan import head_mask
-from yopo.plan.pruning_plan import PruningPlan, split_masses
+from yopo.plan.pruning_plan import PruningPlan
 from yopo.plan.value_checks import json_object
 
 
@@ -136,11 +136,7 @@ def _fitted(plan: PruningPlan, shape: Shape, whole: int | None) -> PruningPlan:
 def with_masses(plan: PruningPlan, setting: str) -> PruningPlan:
     """`plan` with the masses HEAD[/CUT], to be counted or timed: constants of `calibrated` that it
     lacks are 1, which costs the same as any others. Raises ValueError for other words."""
-    head, cut = split_masses(setting, "--mass")
-    constants = None
-    if "calibrated" in (head, cut):
-        constants = torch.ones(plan.head_keep.shape) if plan.text_mass is None else plan.text_mass
-    return replace(plan, head_mass=head, cut_mass=cut, text_mass=constants)
+    return plan.with_mass(setting, text_mass=torch.ones(plan.head_keep.shape), name="--mass")
 
 
 def _config(shape: Shape, block: object) -> dict[str, object]:

@@ -167,9 +167,30 @@ class PruningPlan:
             plan = next((plan for plan in found if plan is not None), None)
         if plan is None:
             return None
-        plan = _with_mass(plan, os.environ.get("YOPO_MASS", ""))
+        if os.environ.get("YOPO_MASS"):
+            plan = plan.with_mass(os.environ["YOPO_MASS"], name="YOPO_MASS")
         plan.validate(config)
         return plan
+
+    def with_mass(
+        self, setting: str, *, text_mass: object = None, name: str = "mass"
+    ) -> PruningPlan:
+        """This plan with the masses HEAD[/CUT] of `setting`; HEAD alone is for both.
+
+        text_mass: constants for "calibrated" where the plan has none of its own; not used by other
+        masses. Raises ValueError that calls the setting `name`: for other words, and for
+        "calibrated" without constants.
+        """
+        head, cut = split_masses(setting, name)
+        if "calibrated" not in (head, cut):
+            return replace(self, head_mass=head, cut_mass=cut, text_mass=None)
+        constants = text_mass if self.text_mass is None else self.text_mass
+        if constants is None:
+            raise ValueError(
+                f"{name} is {setting!r}, but the plan has no calibrated text_mass; use exact or "
+                "drop, or a plan that yopo.calibrate made with this mass"
+            )
+        return replace(self, head_mass=head, cut_mass=cut, text_mass=constants)
 
     def summary(self) -> str:
         """What is pruned, in words."""
@@ -272,7 +293,7 @@ class PruningPlan:
 
 def split_masses(setting: str, name: str = "mass") -> tuple[str, str]:
     """(head_mass, cut_mass) of HEAD[/CUT]; raises ValueError that calls the setting `name`."""
-    head, slash, cut = setting.partition("/")
+    head, slash, cut = setting.partition("/") if isinstance(setting, str) else ("", "", "")
     cut = cut if slash else head
     if head not in MASSES or cut not in MASSES:
         raise ValueError(
@@ -326,18 +347,3 @@ def _unpack(rows: object, layers: int, heads: int) -> np.ndarray:
             raise ValueError(f"head_keep[{index}] is {row!r}: it has bits beyond head {heads - 1}")
         mask.append(bits[:heads])
     return np.stack(mask)
-
-
-def _with_mass(plan: PruningPlan, setting: str) -> PruningPlan:
-    """`plan` with the mass modes of $YOPO_MASS, HEAD[/CUT]; an empty `setting` changes none."""
-    if not setting:
-        return plan
-    head, cut = split_masses(setting, "YOPO_MASS")
-    constants = plan.text_mass if "calibrated" in (head, cut) else None
-    try:
-        return replace(plan, head_mass=head, cut_mass=cut, text_mass=constants)
-    except ValueError as error:
-        raise ValueError(
-            f"YOPO_MASS is {setting!r}, but the config's plan has no calibrated text_mass; use "
-            "exact or drop, or a calibrated plan"
-        ) from error
