@@ -148,7 +148,7 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
         "no format": (text({k: v for k, v in block.items() if k != "format"}), "format is None"),
         "a key less": (text({k: v for k, v in block.items() if k != "window"}), "keys: window"),
         "a bad value": (text({**block, "window": 0}), "window is 0"),
-        "a corrupt block": (text({**flat, "yopo": {}}), "'yopo' block config.yopo is corrupt"),
+        "a corrupt block": (text({**flat, "yopo": {}}), "'yopo' block of the config is corrupt"),
         "a bad field": (text({**flat, "sprompt_len": "x"}), "sprompt_len is 'x'"),
         "a field alone": (text({**config().to_dict(), "attncut_w": 5}), "some released pruning"),
         "another model's": (text({**flat, "num_hidden_layers": LAYERS + 1}), "head_keep has shape"),

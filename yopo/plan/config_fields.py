@@ -28,9 +28,10 @@ def tells_sizes(config: Any) -> bool:
 
 
 def blocks(config: Any) -> dict[str, object]:
-    """Each `yopo` block by its place in the config."""
+    """Each `yopo` block by the config that holds it, in words."""
+    words = {"config": "the config", "config.text_config": "the config's text_config"}
     return {
-        f"{place}.yopo": get(holder, "yopo")
+        words[place]: get(holder, "yopo")
         for place, holder in _holders(config)
         if _has(holder, "yopo")
     }

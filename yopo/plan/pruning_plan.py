@@ -215,7 +215,8 @@ class PruningPlan:
         released = config_fields.released_values(config)
         if len(set(plans.values())) > 1:
             raise ValueError(
-                f"{' and '.join(plans)} hold different plans; delete the one that is not meant"
+                f"the 'yopo' blocks of {' and '.join(plans)} hold different plans; delete the one "
+                "that is not meant"
             )
         if plans:
             return next(iter(plans.values()))
@@ -228,7 +229,7 @@ class PruningPlan:
             return cls(**plan_block.unpack(block))
         except ValueError as error:
             raise ValueError(
-                f"the 'yopo' block {place} is corrupt: {error}. Restore it, or delete the whole "
+                f"the 'yopo' block of {place} is corrupt: {error}. Restore it, or delete the whole "
                 "key for a model without this plan"
             ) from error
 
