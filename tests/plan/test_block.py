@@ -106,4 +106,5 @@ def test_any_value_in_a_block_gives_a_plan_or_an_error_that_names_the_block(key,
     try:
         assert isinstance(PruningPlan.from_config(target), PruningPlan)
     except ValueError as error:
-        assert "'yopo' block" in str(error) or "head_keep has shape" in str(error)
+        fits = ("head_keep has shape", "leaves no neuron")  # a plan, but not for this model
+        assert any(words in str(error) for words in ("'yopo' block", *fits))
