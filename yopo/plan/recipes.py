@@ -40,7 +40,8 @@ def late_cut(config: Any, *, layers: float = 0.75) -> PruningPlan:
 
     Source: Visual Tokens Withdrawal (arXiv 2405.05803), which withdraws them halfway and finds the
     layer with data; the YOPO paper's layer cut alone (arXiv 2410.06169, Qwen2-VL and InternVL2).
-    Three quarters cost nothing on the models in examples/, half of them 11 and 15 points.
+    Of the questions that the models in examples/ have learnt, three quarters of the layers cost 0.1
+    points at most, half of them 11 and 15.
     """
     depth, heads, _ = model_sizes(config)
     cut = math.ceil(share("layers", layers) * depth - 1e-9)  # 0.7 of 10 layers are 7
