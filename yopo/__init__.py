@@ -14,10 +14,20 @@ if TYPE_CHECKING:
     from yopo.calibration.calibrate import calibrate
     from yopo.models.attach import applied, apply, remove
     from yopo.models.parts import plan_of
+    from yopo.plan import recipes
     from yopo.plan.pruning_plan import PruningPlan
 
 __version__ = "0.1.0"
-__all__ = ["PruningPlan", "__version__", "applied", "apply", "calibrate", "plan_of", "remove"]
+__all__ = [
+    "PruningPlan",
+    "__version__",
+    "applied",
+    "apply",
+    "calibrate",
+    "plan_of",
+    "recipes",
+    "remove",
+]
 
 _HOME = {
     "PruningPlan": ".plan.pruning_plan",
@@ -27,11 +37,12 @@ _HOME = {
     "plan_of": ".models.parts",
     "remove": ".models.attach",
 }
+_MODULES = {"families": "yopo.models.families", "recipes": "yopo.plan.recipes"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "families":
-        return import_module("yopo.models.families")
+    if name in _MODULES:
+        return import_module(_MODULES[name])
     if name in _HOME:
         return getattr(import_module(_HOME[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,7 @@
 
 All are one thing: read the picture densely up to a layer, choose which visual tokens go on from
 there, and let the layers above see no others. FastV (arXiv 2403.06764) keeps those that the last
-token attends to most; VTW (arXiv 2405.05374) keeps none; the control keeps random ones. Their own
+token attends to most; VTW (arXiv 2405.05803) keeps none; the control keeps random ones. Their own
 short pass over the Llama layers; right for what it computes, and not made to be fast.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from layouts import needs_float16
+
+import yopo
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,15 +36,14 @@ def run(*words: str, cwd: Path = ROOT) -> str:
 def test_infer_answers_from_the_embedded_checkpoint() -> None:
     out = run("-m", "yopo", "infer", "--device", "cpu")
     assert "ASSISTANT: red" in out
-    assert "read by 13 of 18 heads in 3 layers" in out
+    assert "13 of 18 heads of layers 0–2 read visual tokens, none from layer 3 of 6 on" in out
     assert "620 tokens (576 visual, 44 text)" in out
 
 
 @needs_float16
 def test_infer_takes_another_mass() -> None:
-    assert "exact in pruned heads, drop in cut" in run(
-        "-m", "yopo", "infer", "--mass", "exact/drop"
-    )
+    out = run("-m", "yopo", "infer", "--mass", "exact/drop")
+    assert "exact in pruned heads, drop from layer 3 on" in out
 
 
 @pytest.mark.skipif(find_spec("easy_vqa") is None, reason="easy-vqa is not installed")
@@ -52,6 +54,21 @@ def test_evaluate_finds_both_checkpoints_accurate(tmp_path: Path) -> None:
     percent = json.loads(out.splitlines()[-1])
     assert percent.keys() == {"dense", "pruned"}
     assert min(percent.values()) >= 90
+
+
+@pytest.mark.skipif(find_spec("easy_vqa") is None, reason="easy-vqa is not installed")
+def test_the_recipe_to_begin_with_answers_as_well_as_the_dense_model(tmp_path: Path) -> None:
+    dense, cut = ROOT / "examples/tiny_llava/checkpoints/tiny-llava-v1-dense", tmp_path / "llava-v1"
+    shutil.copytree(dense, cut)
+    config = json.loads((dense / "config.json").read_text())
+    plan = yopo.recipes.late_cut(config)
+    assert plan.layer_cut < plan.num_layers
+    plan.save_to(config)
+    (cut / "config.json").write_text(json.dumps(config))
+    script = str(ROOT / "examples/tiny_llava/evaluate.py")
+    out = run(script, str(dense), str(cut), "--limit", "300", "--json")
+    percent = json.loads(out.splitlines()[-1])
+    assert percent[str(cut)] >= percent[str(dense)] - 1
 
 
 @needs_float16

@@ -1,4 +1,4 @@
-"""Head mask files: where they are looked for and in which order, what is refused, the download.
+"""Head masks: where they are looked for and in which order, what is refused, the download.
 
 Nothing here reaches the network: the upstream address is a server on this machine, or nobody.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import threading
-import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -92,85 +91,6 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     found["cache"] = head_mask.cache_folder()
     found["cache"].mkdir(parents=True)
     return found
-
-
-# --- files -------------------------------------------------------------------------------------
-
-
-def test_a_saved_mask_comes_back_equal_and_leaves_no_other_file(tmp_path):
-    path = head_mask.save(tmp_path / "deep" / "headmask_x_3.npy", mask(0))
-    assert head_mask.load(path).equal(mask(0)) and head_mask.load(path).dtype == torch.bool
-    head_mask.save(path, mask(1).tolist())
-    assert head_mask.load(path).equal(mask(1))
-    assert list(path.parent.iterdir()) == [path]
-    assert np.load(path).dtype == bool, "the released code reads bool"
-
-
-def test_saving_refuses_what_could_not_be_found_or_read_again(tmp_path):
-    with pytest.raises(ValueError, match=r"ends in \.npy"):
-        head_mask.save(tmp_path / "mask.pt", mask(0))
-    with pytest.raises(ValueError, match=r"head_keep\[0, 1\] is 2"):
-        head_mask.save(tmp_path / "mask.npy", [[1, 2]])
-    assert not list(tmp_path.glob("mask*"))
-
-
-@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64, np.float32, np.float64])
-def test_masks_of_0_and_1_load_from_any_number_type(dtype, tmp_path):
-    np.save(tmp_path / "m.npy", mask(0).numpy().astype(dtype))
-    assert head_mask.load(tmp_path / "m.npy").equal(mask(0))
-
-
-def _archive() -> bytes:
-    file = io.BytesIO()
-    np.savez(file, mask=np.ones((2, 2)))
-    return file.getvalue()
-
-
-GOOD = npy(np.ones((LAYERS, HEADS), dtype=bool))
-BAD_FILES = {
-    "empty": (b"", "not a readable"),
-    "text": (b"not a mask", "not a readable"),
-    "header cut off": (GOOD[:40], "not a readable"),
-    "data cut off": (GOOD[:-5], "not a readable"),
-    "pickled": (npy(np.array([[None]], dtype=object)), "not a readable"),
-    "archive": (_archive(), r"\.npz archive"),
-    "archive cut off": (_archive()[:60], "not a readable"),
-    "strings": (npy(np.array([["1", "0"]])), "dtype"),
-    "complex": (npy(np.ones((2, 2), dtype=complex)), "dtype"),
-    "one dimension": (npy(np.ones(4)), "two dimensions"),
-    "three dimensions": (npy(np.ones((2, 2, 2))), "two dimensions"),
-    "no heads": (npy(np.ones((2, 0))), "two dimensions"),
-    "a half": (npy(np.array([[1, 0.5]])), r"\[0, 1\] is .*0.5"),
-    "a nan": (npy(np.array([[1, np.nan]])), r"\[0, 1\] is .*nan"),
-    "a two": (npy(np.array([[1, 0], [2, 0]])), r"\[1, 0\] is .*2"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_FILES)
-def test_a_file_that_is_no_mask_is_refused_by_name(kind, tmp_path):
-    data, words = BAD_FILES[kind]
-    path = tmp_path / "m.npy"
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=words) as caught:
-        head_mask.load(path)
-    assert str(path) in str(caught.value)
-
-
-def test_a_missing_file_is_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        head_mask.load(tmp_path / "none.npy")
-
-
-def test_loading_never_runs_what_a_file_holds(tmp_path):
-    class Evil:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return Path.touch, (tmp_path / "ran",)
-
-    np.save(tmp_path / "m.npy", np.array([[Evil()]], dtype=object))
-    with pytest.raises(ValueError, match="not a readable"):
-        head_mask.load(tmp_path / "m.npy")
-    assert not (tmp_path / "ran").exists()
-    assert zipfile.is_zipfile(io.BytesIO(_archive()))
 
 
 # --- the search --------------------------------------------------------------------------------
@@ -293,7 +213,11 @@ def test_a_mask_that_lies_nearer_is_not_downloaded(server, published, places):
 
 @pytest.mark.parametrize("damage", ["another file", "cut off", "longer"])
 def test_a_download_with_a_wrong_sum_is_refused_and_not_kept(damage, server, published, places):
-    body = {"another file": GOOD, "cut off": published[:-1], "longer": published + b"0"}[damage]
+    body = {
+        "another file": npy(np.ones((LAYERS, HEADS))),
+        "cut off": published[:-1],
+        "longer": published + b"0",
+    }[damage]
     server.files[f"/masks/{NAME_7B}"] = body
     with pytest.raises(ValueError) as caught:
         head_mask.find(16, 32, 32)

@@ -1,17 +1,15 @@
-"""Shapes of published models and named plans, for benchmarks and counting. Numbers only: building a
-model or a pass is done elsewhere. Sources: the models' config.json on the Hub.
+"""Shapes of published models, for benchmarks and counting, and named plans for them. Numbers only:
+building a model or a pass is done elsewhere. Sources: the models' config.json on the Hub.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
-from yopo.plan import head_mask
-from yopo.plan.pruning_plan import PruningPlan, split_masses
-from yopo.plan.value_checks import json_object
+from yopo.plan import recipes
+from yopo.plan.pruning_plan import PruningPlan
 
 
 @dataclass(frozen=True)
@@ -75,75 +73,16 @@ def named_plan(
     cut_mass: str | None = None,
     whole: int | None = None,
 ) -> PruningPlan:
-    """The plan `name` for a model of `shape`.
-
-    "25": half the layers, half the heads in each layer before the cut (random ones), half the FFN,
-    window 5. "12": half, a quarter, a quarter, window 5. "7b_16" and the like: a published head
-    mask in place of the random heads of "25". Else a JSON file: a config.json with a plan, or its
-    `yopo` block. whole: layers of the model of which `shape` has the first; masks and files are for
-    all of them, and their proportions are kept.
-
-    Raises ValueError for a name that is none of these or a plan that does not fit `shape`.
-    """
-    layers, heads = shape.num_hidden_layers, shape.num_attention_heads
-    masses = {"head_mass": head_mass, "cut_mass": cut_mass or head_mass}
-    cut = layers // 2
-    if name in ("25", "12"):
-        ratio = 2 if name == "25" else 4
-        generator = torch.Generator().manual_seed(0)
-        keep = torch.zeros(layers, heads, dtype=torch.bool)
-        for layer in range(cut):
-            keep[layer, torch.randperm(heads, generator=generator)[: heads // ratio]] = True
-        return PruningPlan(keep, window=5, layer_cut=cut, ffn_ratio=ratio, **masses)
-    if Path(name).is_file():
-        content = json_object(Path(name))
-        if (
-            "num_hidden_layers" not in content
-        ):  # a block: as of a model of its own depth; compared with the one at hand below
-            depth = {"num_hidden_layers": content.get("layers")}
-            content = _config(shape, content) | depth
-        plan = PruningPlan.from_config(content)
-        if plan is None:
-            raise ValueError(f"--plan: {name} holds no plan (a `yopo` block or released fields)")
-        return _fitted(plan, shape, whole)
-    size, _, num = name.partition("_")
-    full = {"7b": (32, 32), "13b": (40, 40)}.get(size)
-    if full is None or not num.isdigit():
-        raise ValueError(
-            f"--plan is {name!r}; allowed: 25, 12, a published head mask such as 7b_16, or a JSON "
-            "file with a plan"
-        )
-    keep = head_mask.find(int(num), *full)
-    plan = PruningPlan(keep, window=5, layer_cut=full[0] // 2, ffn_ratio=2, **masses)
-    return _fitted(plan, shape, whole)
-
-
-def _fitted(plan: PruningPlan, shape: Shape, whole: int | None) -> PruningPlan:
-    """`plan` for the first layers of the model with `whole` layers that it is for: of the masks the
-    rows before the cut evenly spaced, and so those from it on. Raises ValueError: it fits not."""
-    layers, cut = shape.num_hidden_layers, plan.layer_cut
-    if whole is not None and layers < whole == plan.num_layers:
-        less = cut * layers // whole
-        before = torch.arange(less) * cut // max(less, 1)
-        after = cut + torch.arange(layers - less) * (whole - cut) // max(layers - less, 1)
-        rows = torch.cat([before, after])
-        mass = None if plan.text_mass is None else plan.text_mass[rows]
-        plan = replace(plan, head_keep=plan.head_keep[rows], layer_cut=less, text_mass=mass)
-    plan.validate(_config(shape, None))
+    """The plan that `--plan` names (recipes.named_plan), for a model of `shape`. Raises ValueError
+    for a name that is none, or a plan that does not fit."""
+    sizes = (shape.num_hidden_layers, shape.num_attention_heads)
+    mass = f"{head_mass}/{cut_mass or head_mass}"
+    plan = recipes.named_plan(name, *sizes, mass=mass, whole=whole, setting="--plan")
+    plan.ffn_neurons(shape.intermediate_size)
     return plan
 
 
 def with_masses(plan: PruningPlan, setting: str) -> PruningPlan:
     """`plan` with the masses HEAD[/CUT], to be counted or timed: constants of `calibrated` that it
     lacks are 1, which costs the same as any others. Raises ValueError for other words."""
-    head, cut = split_masses(setting, "--mass")
-    constants = None
-    if "calibrated" in (head, cut):
-        constants = torch.ones(plan.head_keep.shape) if plan.text_mass is None else plan.text_mass
-    return replace(plan, head_mass=head, cut_mass=cut, text_mass=constants)
-
-
-def _config(shape: Shape, block: object) -> dict[str, object]:
-    sizes = ("num_hidden_layers", "num_attention_heads", "intermediate_size")
-    config: dict[str, object] = {size: getattr(shape, size) for size in sizes}
-    return config if block is None else config | {"yopo": block}
+    return plan.with_mass(setting, text_mass=torch.ones(plan.head_keep.shape), name="--mass")

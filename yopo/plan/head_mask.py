@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,8 @@ import numpy as np
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
 
+from yopo.files import write_whole
+from yopo.plan import npy
 from yopo.plan.value_checks import as_mask
 
 logger = logging.getLogger(__name__)
@@ -41,21 +42,20 @@ SIZES = {(32, 32): "7b", (40, 40): "13b"}
 def load(path: str | Path) -> torch.Tensor:
     """The (layers, heads) bool mask stored in the .npy file `path`.
 
-    Raises FileNotFoundError, or ValueError when the file is no readable array of 0/1.
+    Raises FileNotFoundError where nothing is there, or ValueError naming the file where it is no
+    array of 0/1. Nothing in it is ever run, and no more is read than the file holds.
     """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file; give the .npy file of a head mask")
     try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        return as_mask(str(path), npy.read(path))
+    except ValueError as error:
+        said = str(error) if str(path) in str(error) else f"{path} is no head mask: {error}"
         raise ValueError(
-            f"{path} is not a readable .npy head mask ({error}); replace it with a file that "
-            f"yopo.plan.head_mask.save wrote or a published one"
+            f"{said}; replace it with a file that yopo.plan.head_mask.save wrote, or a published "
+            "one"
         ) from error
-    if not isinstance(array, np.ndarray):
-        array.close()
-        raise ValueError(f"{path} is an .npz archive; a head mask is a single .npy array")
-    if array.dtype.kind not in "biuf":
-        raise ValueError(f"{path} holds dtype {array.dtype}; a head mask is bool or 0/1 numbers")
-    return as_mask(str(path), array)
 
 
 def save(path: str | Path, head_keep: object) -> Path:
@@ -64,14 +64,8 @@ def save(path: str | Path, head_keep: object) -> Path:
     if path.suffix != ".npy":
         raise ValueError(f"a head mask file ends in .npy; got {path}")
     mask = as_mask("head_keep", head_keep).numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            np.save(file, mask)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with write_whole(path) as partial, open(partial, "wb") as file:
+        np.save(file, mask)
     return path
 
 

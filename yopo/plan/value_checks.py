@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -49,23 +50,32 @@ def integer(field: str, value: object, low: int, high: int | None) -> int:
     """`value` as an int, if it is a whole number in low..high (ValueError otherwise)."""
     allowed = f"whole numbers from {low}" + ("" if high is None else f" to {high}")
     # bool is an int in Python; `window: true` in a config is a mistake all the same.
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value > high):
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if number is None or number < low or (high is not None and number > high):
         raise ValueError(f"{field} is {value!r}; allowed: {allowed}")
-    return int(value)
+    return number
 
 
 def ratio(field: str, value: object) -> float:
     """`value` as a float, if it is a finite number >= 1 (ValueError otherwise)."""
-    real = isinstance(value, Real) and not isinstance(value, bool)
     try:
-        number = float(value) if real else math.nan
+        real = isinstance(value, Real) and not isinstance(value, bool)
+        number = float(cast(float, value)) if real else math.nan
     except OverflowError:  # a whole number no float holds; JSON allows it
         number = math.inf
     if not 1 <= number < math.inf:
         raise ValueError(
             f"{field} is {value!r}; allowed: finite numbers from 1 to the model's intermediate_size"
         )
+    return number
+
+
+def share(field: str, value: object) -> float:
+    """`value` as a float, if it is a number above 0, to 1 (ValueError otherwise)."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    number = float(cast(float, value)) if real else math.nan
+    if not 0 < number <= 1:
+        raise ValueError(f"{field} is {value!r}; allowed: a share, above 0, to 1")
     return number
 
 
@@ -95,3 +105,8 @@ def _cells(name: str, values: object) -> np.ndarray:
         return np.array(values, dtype=object)
     except ValueError as error:  # rows of different depth
         raise ValueError(f"{name} must be a rectangular (layers, heads) array: {error}") from error
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names in one line, as errors give them."""
+    return ", ".join(names) or "none"
