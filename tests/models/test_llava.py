@@ -19,7 +19,7 @@ import random_llava
 import torch
 from layouts import needs_float16
 from oracle import extended, oracle_forward, oracle_greedy, oracle_loss
-from random_llava import PINPOINTS, PIXELS, SIDE, a_plan
+from random_llava import IMAGE, PINPOINTS, PIXELS, SIDE, a_plan, batch, load, pixels
 from torch import Tensor
 
 from yopo.versions import passed_to_every_forward
@@ -29,7 +29,6 @@ if importlib.util.find_spec("llava") is None:  # looked for, not imported: the p
 pytestmark = pytest.mark.llava
 
 ROOT = Path(__file__).resolve().parents[2]
-IMAGE = -200
 CELLS = SIDE * SIDE
 WORDS = [5, 17, 40, 23, 61, 35, 90, 11, 72, 28]
 
@@ -42,13 +41,6 @@ def patched() -> Iterator[None]:
     yopo.patch.enable()
     yield
     yopo.patch.undo()
-
-
-def load(folder: Path) -> tuple[Any, Any]:
-    from llava.model.builder import load_pretrained_model
-
-    _, model, processor, _ = load_pretrained_model(str(folder), None, folder.name, device="cpu")
-    return random_llava.in_float32(model), processor
 
 
 @pytest.fixture(scope="module")
@@ -81,21 +73,6 @@ def config(flat: Any) -> Iterator[Any]:
     for name in vars(flat.config).keys() - before.keys():
         delattr(flat.config, name)
     vars(flat.config).update(before)
-
-
-def pixels(count: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 3, PIXELS, PIXELS, generator=generator)
-
-
-def batch(rows: list[list[int]], side: str = "right") -> tuple[Tensor, Tensor]:
-    """Padded ids and their mask."""
-    width = max(map(len, rows))
-    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width)
-    for b, row in enumerate(rows):
-        at = slice(width - len(row), None) if side == "left" else slice(len(row))
-        ids[b, at], mask[b, at] = torch.tensor(row), 1
-    return ids, mask.long()
 
 
 def prepare(model: Any, ids: Tensor, mask: Tensor | None, images: Any, **more: Any) -> Any:

@@ -16,6 +16,7 @@ from yopo.plan.pruning_plan import PruningPlan
 HIDDEN, LAYERS, HEADS, INTERMEDIATE = 32, 3, 4, 24
 CLIP_HIDDEN, SIDE, PATCH = 24, 4, 7
 PIXELS = SIDE * PATCH
+IMAGE = -200  # the id that stands for an image
 PINPOINTS = [[PIXELS, 2 * PIXELS], [2 * PIXELS, PIXELS], [2 * PIXELS, 2 * PIXELS]]
 TEXT = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -80,6 +81,29 @@ def make(folder: Path, plan: PruningPlan | None = None, **config: Any) -> Path:
         del weights["model.image_newline"]
     _write_weights(checkpoint / "model.safetensors", weights)
     return checkpoint
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """The model in float32, and its image processor."""
+    from llava.model.builder import load_pretrained_model
+
+    _, model, processor, _ = load_pretrained_model(str(folder), None, folder.name, device="cpu")
+    return in_float32(model), processor
+
+
+def pixels(count: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, PIXELS, PIXELS, generator=generator)
+
+
+def batch(rows: list[list[int]], side: str = "right") -> tuple[Tensor, Tensor]:
+    """Padded ids and their mask."""
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width)
+    for b, row in enumerate(rows):
+        at = slice(width - len(row), None) if side == "left" else slice(len(row))
+        ids[b, at], mask[b, at] = torch.tensor(row), 1
+    return ids, mask.long()
 
 
 def in_float32(model: Any) -> Any:
