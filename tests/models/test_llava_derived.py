@@ -445,14 +445,11 @@ def test_in_every_mode(model: Any, mode: Any) -> None:
 
 
 @torch.no_grad()
-def test_assisted_generation_is_right_or_refused(model: Any) -> None:
-    expected = model.generate(IDS, images=pixels(1), **HOW)
-    try:
-        got = model.generate(IDS, images=pixels(1), prompt_lookup_num_tokens=2, **HOW)
-    except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
-        assert str(error)
-    else:
-        assert torch.equal(got, expected)
+def test_assisted_generation_is_refused(model: Any) -> None:
+    with pytest.raises(
+        ValueError, match="cannot be cropped|not used by the model"
+    ):  # the latter: 4.36
+        model.generate(IDS, images=pixels(1), prompt_lookup_num_tokens=2, **HOW)
 
 
 # --------------------------------------------------------------------------- threads and copies
