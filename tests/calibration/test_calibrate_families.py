@@ -22,7 +22,7 @@ from yopo.calibration.head_rule import visual_ratio
 from yopo.commands.command_line import main
 from yopo.errors import BadInput
 from yopo.plan.pruning_plan import PruningPlan
-from yopo.prompts.transformers_prompts import HfInputs
+from yopo.prompts.transformers_prompts import TransformersPrompter
 from yopo.versions import attention_is_switchable
 
 pytestmark = pytest.mark.parametrize("kind", [pytest.param(KINDS[n], id=n) for n in HERE])
@@ -104,4 +104,4 @@ def test_weights_that_are_cut_off_are_refused_in_one_line(kind: Kind, tmp_path: 
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(BadInput, match="cannot load"):
-        HfInputs(str(tmp_path), "cpu")
+        TransformersPrompter(str(tmp_path), "cpu")

@@ -175,12 +175,12 @@ def test_a_run_that_was_stopped_goes_on_and_makes_the_same(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from yopo.calibration import collect
-    from yopo.prompts import llava_prompts as llava_inputs
+    from yopo.prompts.llava_prompts import LlavaPrompter
 
     made, whole = tmp_path / "llava-v1-pruned", tmp_path / "llava-whole"
     assert run(out=whole)[0] == 0
     asked: list[int] = []
-    answer = llava_inputs.LlavaInputs.__call__
+    answer = LlavaPrompter.__call__
 
     def stopping(self: Any, question: Any) -> Any:
         asked.append(1)
@@ -188,7 +188,7 @@ def test_a_run_that_was_stopped_goes_on_and_makes_the_same(
             raise KeyboardInterrupt
         return answer(self, question)
 
-    monkeypatch.setattr(llava_inputs.LlavaInputs, "__call__", stopping)
+    monkeypatch.setattr(LlavaPrompter, "__call__", stopping)
     code, _, err = run()
     assert code == 130 and "the same command goes on from" in err
     assert not made.exists()

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from yopo.calibration.sample import prompt_of
 from yopo.calibration.sample_statistics import Statistics, digest_of, fingerprint
 from yopo.engine import forward as engine
 from yopo.engine.layer import Shared
@@ -27,6 +26,7 @@ from yopo.engine.layout import VisualLayout
 from yopo.engine.visual_cache import HeadStore, VisualCache
 from yopo.models.layers import call_layer
 from yopo.models.trial import stack_of, under
+from yopo.prompts.sample import prompt_of
 
 BLOCK = 2**23  # scores held at a time
 SAVE_SECONDS = 20  # between two writes of the file

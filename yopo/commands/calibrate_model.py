@@ -83,12 +83,11 @@ def calibrate(args: argparse.Namespace) -> int:
 
 def _calibrate(args: argparse.Namespace) -> int:
     _check(args)
-    from yopo.checkpoint.shards import read_json
     from yopo.commands.infer import check_model, device_of
+    from yopo.prompts.loading import kind_of, load
     from yopo.prompts.questions import Samples, read_questions
 
-    llava = "mm_vision_tower" in read_json(Path(args.model) / "config.json")
-    if llava:
+    if kind_of(args.model) == "llava":
         check_model(args.model)
         if "llava" not in args.out.name.lower():
             raise BadInput(f"--out: LLaVA loads only folders with 'llava' in the name: {args.out}")
@@ -104,11 +103,6 @@ def _calibrate(args: argparse.Namespace) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from yopo.calibration.search import split
 
-    if llava:
-        from yopo.prompts.llava_prompts import LlavaInputs as Inputs
-    else:
-        from yopo.prompts.transformers_prompts import HfInputs as Inputs
-
     if _holds_out(args):
         taken, held_out = split(questions)
         judging = held_out[JUDGING - 1 :: JUDGING]
@@ -117,7 +111,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     else:
         taken, choosing, judging = questions, [], questions[:SHOWN]
         judges = "of those that the statistics were taken of"
-    loaded = Inputs(args.model, device)
+    loaded = load(args.model, device)
     parts = [Samples(some, loaded) for some in (taken, choosing, judging or choosing)]
     _make(args, loaded.model, *parts, judges)
     return 0
