@@ -24,9 +24,10 @@ from yopo.engine.layer import Shared
 from yopo.engine.layer_plan import SEEN, LayerPlans
 from yopo.engine.layout import VisualLayout
 from yopo.engine.visual_cache import HeadStore, VisualCache
+from yopo.errors import CannotGoOn
 from yopo.models.layers import call_layer
 from yopo.models.trial import stack_of, under
-from yopo.prompts.sample import prompt_of
+from yopo.prompts.sample import Sample, prompt_of
 
 BLOCK = 2**23  # scores held at a time
 SAVE_SECONDS = 20  # between two writes of the file
@@ -34,7 +35,7 @@ SAVE_SECONDS = 20  # between two writes of the file
 
 def collect(
     model: nn.Module,
-    samples: Iterable[dict[str, Any]],
+    samples: Iterable[Sample],
     *,
     limit: int | None = None,
     path: str | Path | None = None,
@@ -49,36 +50,27 @@ def collect(
     again. known: statistics to go on from instead. influence: also measure how much visual tokens
     still matter after each layer, which costs about as much as the rest.
 
-    Raises ValueError for samples that are none, or others than those known begin with.
+    Raises ValueError for samples that are none; CannotGoOn, which is one, where those known are of
+    others or of another model, or the file cannot be read.
     """
-    if known is None and path is not None and Path(path).exists():
-        known = Statistics.load(path)
-    model_mark = fingerprint(model)
     total = len(samples) if hasattr(samples, "__len__") else None
     total = min((count for count in (total, limit) if count is not None), default=None)
-    saved_at = 0.0
     with torch.no_grad(), under(model, None):
         stack = stack_of(model)
         sizes = stack.config.num_attention_heads, stack.config.intermediate_size
-        found = Statistics.empty(model_mark, len(stack.layers), *sizes)
-        if known is not None:
-            found = found.then(known)
-        done = len(found)
-        norms = _column_norms(stack)
+        empty = Statistics.empty(fingerprint(model), len(stack.layers), *sizes)
+        found = _going_on(empty, known, path)
+        done, norms, saved_at = len(found), _column_norms(stack), 0.0
         bar = tqdm(islice(samples, limit), "statistics", total, disable=not progress, mininterval=1)
         try:
             for index, sample in enumerate(bar):
                 inputs = prompt_of(sample)
                 digest = digest_of(inputs)
                 if index < done:
-                    if found.samples[index] != digest:
-                        raise ValueError(
-                            f"sample {index} is not the one that the statistics were begun with: "
-                            "give the same samples in the same order, or start anew"
-                        )
+                    _refuse_other(found, index, digest)
                     continue
                 try:
-                    one = _measure(model, stack, inputs, norms, digest, model_mark, influence)
+                    one = _measure(model, stack, inputs, norms, digest, found.model, influence)
                 except ValueError as error:
                     raise ValueError(f"sample {index} (the first is 0): {error}") from error
                 found = found.then(one)
@@ -91,6 +83,24 @@ def collect(
     if len(found) == 0:
         raise ValueError("there is no sample to take statistics of")
     return found
+
+
+def _going_on(empty: Statistics, known: Statistics | None, path: str | Path | None) -> Statistics:
+    """What is known already: `known`, what the file `path` holds, or `empty`."""
+    try:
+        if known is None and path is not None and Path(path).exists():
+            known = Statistics.load(path)
+        return empty if known is None else empty.then(known)
+    except ValueError as error:
+        raise CannotGoOn(str(error)) from error
+
+
+def _refuse_other(found: Statistics, index: int, digest: str) -> None:
+    if found.samples[index] != digest:
+        raise CannotGoOn(
+            f"sample {index} is not the one that the statistics were begun with: give the same "
+            "samples in the same order, or start anew"
+        )
 
 
 def _measure(

@@ -19,7 +19,7 @@ from yopo.engine.visual_cache import VisualCache
 from yopo.models.trial import under
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.prompts.prompter import greedy
-from yopo.prompts.sample import ANSWER, prompt_of, with_answer
+from yopo.prompts.sample import ANSWER, Sample, prompt_of, with_answer
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Change(NamedTuple):
 
 @torch.no_grad()
 def references(
-    model: nn.Module, samples: Iterable[dict[str, Any]], answer_tokens: int = 16
+    model: nn.Module, samples: Iterable[Sample], answer_tokens: int = 16
 ) -> list[Reference]:
     """The dense `model` (whatever its plan) on `samples`; where a sample has no answer, at most
     `answer_tokens` greedy tokens are."""

@@ -1,30 +1,22 @@
-"""FFN neurons in another order: those that visual tokens use most come first, so that "the first
-I / r" of a plan are the right ones. The model's function stays what it was, up to rounding.
+"""FFN neurons in the order of their use: those that visual tokens use most come first, so that "the
+first I / r" of a plan are the right ones. The model's function stays what it was, up to rounding.
 
-A neuron is a row of gate_proj and of up_proj (and their biases; gate_up_proj is the two in one) and
-a column of down_proj. Ranks come from `Statistics`; checkpoints on disk are reordered here too,
-tensor by tensor.
+Ranks come from `Statistics`; a live model is put in an order and back. What an order is, and
+checkpoints on disk, are checkpoint's (neuron_order.py).
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from yopo.calibration.sample_statistics import Statistics, fingerprint
-from yopo.models.attach import ffn_order_of, plan_of
+from yopo.checkpoint.neuron_order import check_order, checksum, permuted
+from yopo.models.attach import ffn_order_of
+from yopo.models.parts import plan_of
 from yopo.models.trial import config_of, stack_of
-
-FILE = "ffn_order.safetensors"  # beside a checkpoint whose neurons were put in another order
-_NAME = re.compile(r"layers\.(\d+)\.mlp\.(gate|up|gate_up|down)_proj\.(weight|bias)$")
 
 
 def ranked(statistics: Statistics) -> Tensor:
@@ -77,7 +69,7 @@ def undo(model: nn.Module, order: Tensor) -> None:
 
 @torch.no_grad()
 def _permute(layers: nn.ModuleList, order: Tensor) -> None:
-    _check_order(order, len(layers), layers[0].mlp.down_proj.weight.shape[1])
+    check_order(order, len(layers), layers[0].mlp.down_proj.weight.shape[1])
     split = ("gate", "up", "down")
     names = ("gate_up", "down") if hasattr(layers[0].mlp, "gate_up_proj") else split
     for index, layer in enumerate(layers):
@@ -95,53 +87,4 @@ def _permute(layers: nn.ModuleList, order: Tensor) -> None:
             for kind in ("weight", "bias"):
                 tensor = getattr(module, kind)
                 if tensor is not None:
-                    tensor.copy_(_permuted(tensor, name, kind, places.to(tensor.device)))
-
-
-def permute_tensors(tensors: Mapping[str, Tensor], order: Tensor) -> tuple[dict[str, Tensor], int]:
-    """A checkpoint's tensors by name with the neurons in that order, and how many were changed."""
-    changed = dict(tensors)
-    count = 0
-    for name, tensor in tensors.items():
-        found = None if "vis" in name else _NAME.search(name)  # a vision tower's are not meant
-        neurons = order.shape[1] * (2 if found and found[2] == "gate_up" else 1)
-        if found and int(found[1]) < len(order) and neurons in tensor.shape:
-            changed[name] = _permuted(tensor, found[2], found[3], order[int(found[1])])
-            count += changed[name] is not tensor
-    return changed, count
-
-
-def checksum(order: Tensor) -> str:
-    """What a plan records of an order (`ffn_order`)."""
-    return "sha256:" + hashlib.sha256(order.to(torch.int64).numpy().tobytes()).hexdigest()
-
-
-def save_order(path: Path, order: Tensor) -> None:
-    save_file({"order": order.to(torch.int32)}, path, metadata={"checksum": checksum(order)})
-
-
-def load_order(path: str | Path) -> Tensor:
-    """(L, I) int64. Raises ValueError unless it holds the order whose checksum it states."""
-    with safe_open(path, framework="pt") as file:
-        order, stated = file.get_tensor("order").long(), (file.metadata() or {}).get("checksum")
-    if stated != checksum(order):
-        raise ValueError(f"{path} is corrupt: its order is not the one of its checksum")
-    return order
-
-
-def _permuted(tensor: Tensor, name: str, kind: str, places: Tensor) -> Tensor:
-    if name == "down":
-        return tensor if kind == "bias" else tensor.index_select(1, places)
-    if name == "gate_up":
-        places = torch.cat([places, places + len(places)])
-    return tensor.index_select(0, places)
-
-
-def _check_order(order: Tensor, layers: int, neurons: int) -> None:
-    if tuple(order.shape) != (layers, neurons):
-        raise ValueError(
-            f"the order has shape {tuple(order.shape)}, the model (layers, FFN neurons) = "
-            f"({layers}, {neurons})"
-        )
-    if not torch.equal(order.sort(1).values, torch.arange(neurons).expand(layers, -1)):
-        raise ValueError("the order does not name each neuron of each layer once")
+                    tensor.copy_(permuted(tensor, name, kind, places.to(tensor.device)))
