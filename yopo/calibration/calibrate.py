@@ -26,7 +26,7 @@ from yopo.calibration.sample_statistics import Statistics
 from yopo.calibration.search import search
 from yopo.checkpoint.neuron_order import checksum
 from yopo.models.attach import ffn_order_of
-from yopo.models.trial import stack_of
+from yopo.models.trial import decoder_of
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.prompts.sample import Sample
 
@@ -86,7 +86,7 @@ def calibrate(
         raise ValueError("statistics and statistics_path are both given: none are taken then")
     split = split_for(config, samples, held_out, measured=statistics is not None)
     run = _Run(model, config, split, ReportSoFar(tell), progress)
-    config.check_fit(stack_of(model).config)
+    config.check_fit(decoder_of(model).config)
     before = run.order_before()
     if statistics is None:
         statistics = run.measure(statistics_path)
@@ -117,7 +117,7 @@ class _Run:
         """Which order FFN neurons are in already. Raises ValueError if it is to be changed."""
         before = ffn_order_of(self.model)
         if before is not None and self.config.reorder_neurons:
-            name = getattr(stack_of(self.model).config, "_name_or_path", "") or "this model"
+            name = getattr(decoder_of(self.model).config, "_name_or_path", "") or "this model"
             raise ValueError(
                 f"the FFN neurons of {name} are in another order already: calibrate the checkpoint "
                 "that it was made of, or keep their order (--first-neurons; in Python "
@@ -169,7 +169,7 @@ class _Run:
         known = references(self.model, self.split.judging, self.config.answer_tokens)
         if not known:
             return
-        cost = VisualCost(stack_of(self.model).config, (r.prompt for r in known))
+        cost = VisualCost(decoder_of(self.model).config, (r.prompt for r in known))
         change = divergence(self.model, plan, known)
         self.report.add(
             judged=len(known),

@@ -16,7 +16,7 @@ from yopo.calibration.sample_statistics import Statistics, fingerprint
 from yopo.checkpoint.neuron_order import check_order, checksum, permuted
 from yopo.models.attach import ffn_order_of
 from yopo.models.parts import plan_of
-from yopo.models.trial import config_of, stack_of
+from yopo.models.trial import config_of, decoder_of
 
 
 def ranked(statistics: Statistics) -> Tensor:
@@ -41,29 +41,29 @@ def reorder(model: nn.Module, statistics: Statistics) -> tuple[Tensor, Statistic
 def put(model: nn.Module, order: Tensor) -> None:
     """Puts neuron order[l, i] of layer l in place i, in place. Plans with this `ffn_order` can then
     be applied. Raises as `reorder`; ValueError if the neurons are in another order already."""
-    stack = stack_of(model)
+    decoder = decoder_of(model)
     here = ffn_order_of(model)
     if here is not None:
         raise ValueError(
             f"the FFN neurons of this model are in the order {here} already: undo "
             "it first (yopo.calibration.neurons.undo), or take the checkpoint as it was trained"
         )
-    _permute(stack.layers, order)
-    stack.yopo_ffn_order = config_of(model).yopo_ffn_order = checksum(order)
+    _permute(decoder.layers, order)
+    decoder.yopo_ffn_order = config_of(model).yopo_ffn_order = checksum(order)
 
 
 def undo(model: nn.Module, order: Tensor) -> None:
     """Takes back `put(model, order)`, also for a model that was loaded so; `load_order` reads the
     order beside its checkpoint. The plan for that order must be off (yopo.remove)."""
-    stack = stack_of(model)
+    decoder = decoder_of(model)
     here = ffn_order_of(model)
     plan = plan_of(model)
     if plan is not None and plan.ffn_order is not None:
         raise ValueError("the model's plan is for this order of FFN neurons: yopo.remove it first")
     if here != checksum(order):
         raise ValueError(f"the FFN neurons of this model are in the order {here}, not this one")
-    _permute(stack.layers, order.argsort(dim=1))
-    stack.yopo_ffn_order = None
+    _permute(decoder.layers, order.argsort(dim=1))
+    decoder.yopo_ffn_order = None
     vars(config_of(model)).pop("yopo_ffn_order", None)
 
 

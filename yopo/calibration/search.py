@@ -21,7 +21,7 @@ from yopo.calibration.config import SearchConfig
 from yopo.calibration.divergence import Reference, divergence
 from yopo.calibration.sample_statistics import Statistics
 from yopo.calibration.search_plans import WINDOWS, PlanMaker, Point
-from yopo.models.trial import stack_of
+from yopo.models.trial import decoder_of
 from yopo.plan.pruning_plan import PruningPlan
 
 STEPS = (1 / 4, 1 / 8, 1 / 16)  # of the layers and of the heads
@@ -83,7 +83,7 @@ def search(
     statistics.check(model)
     if not known:
         raise ValueError("there is no answer to choose a plan by: a search takes at least one")
-    cost = VisualCost(stack_of(model).config, [reference.prompt for reference in known])
+    cost = VisualCost(decoder_of(model).config, [reference.prompt for reference in known])
     maker = PlanMaker(statistics, cost, config)
     maker.refuse_unreachable()
     bar = tqdm(desc="search", total=config.evaluations, disable=not progress)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from yopo.files import read_json
 from yopo.plan import head_mask
 from yopo.plan.pruning_plan import PruningPlan, split_masses
-from yopo.plan.value_checks import json_object
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def named_plan(
             keep[layer, torch.randperm(heads, generator=generator)[: heads // ratio]] = True
         return PruningPlan(keep, window=5, layer_cut=cut, ffn_ratio=ratio, **masses)
     if Path(name).is_file():
-        content = json_object(Path(name))
+        content = read_json(Path(name))
         if (
             "num_hidden_layers" not in content
         ):  # a block: as of a model of its own depth; compared with the one at hand below

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
 
+from yopo.files import write_whole
 from yopo.plan.value_checks import as_mask
 
 logger = logging.getLogger(__name__)
@@ -64,14 +65,8 @@ def save(path: str | Path, head_keep: object) -> Path:
     if path.suffix != ".npy":
         raise ValueError(f"a head mask file ends in .npy; got {path}")
     mask = as_mask("head_keep", head_keep).numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            np.save(file, mask)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with write_whole(path) as partial, open(partial, "wb") as file:
+        np.save(file, mask)
     return path
 
 
