@@ -7,3 +7,8 @@ from __future__ import annotations
 class BadInput(Exception):
     """A file, folder or setting that the user gave cannot be used; the message says what, and the
     remedy. The command line prints it as one line."""
+
+
+class CannotGoOn(ValueError):
+    """What an earlier, interrupted run left does not fit what is asked now; the message says why.
+    Remove it, and everything is done anew."""

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+PARTIAL = re.compile(r"\.\d+\.\d+\.partial$")  # what `write_whole` adds to a file's name
 
 
 def read_json(path: Path) -> dict[str, Any]:

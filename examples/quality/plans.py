@@ -15,6 +15,7 @@ from torch import Tensor
 
 from yopo import PruningPlan
 from yopo.calibration.collect import collect
+from yopo.calibration.config import SearchConfig
 from yopo.calibration.divergence import references
 from yopo.calibration.mass_fit import fit_text_mass
 from yopo.calibration.neurons import put, ranked, reorder
@@ -73,16 +74,10 @@ def searched(
         def note(one: Any) -> None:
             log.append({"why": one.why, "flops": one.visual_flops, "kl": one.divergence})
 
+        config = SearchConfig(budget=budget / 100, mass="calibrated", evaluations=EVALUATIONS)
+        known = references(reader.llama, held_out)
         found = search(
-            reader.llama,
-            held_out,
-            budget / 100,
-            measured,
-            mass="calibrated",
-            start=[start],
-            evaluations=EVALUATIONS,
-            progress=True,
-            log=note,
+            reader.llama, known, measured, config, start=[start], progress=True, log=note
         )
         holder = dict(reader.config.to_dict())
         found.plan.save_to(holder)

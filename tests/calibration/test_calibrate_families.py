@@ -19,10 +19,11 @@ from yopo.calibration import neurons
 from yopo.calibration.collect import collect
 from yopo.calibration.divergence import divergence, references
 from yopo.calibration.head_rule import visual_ratio
+from yopo.checkpoint import neuron_order
 from yopo.commands.command_line import main
 from yopo.errors import BadInput
 from yopo.plan.pruning_plan import PruningPlan
-from yopo.prompts.transformers_prompts import HfInputs
+from yopo.prompts.transformers_prompts import TransformersPrompter
 from yopo.versions import attention_is_switchable
 
 pytestmark = pytest.mark.parametrize("kind", [pytest.param(KINDS[n], id=n) for n in HERE])
@@ -58,7 +59,7 @@ def test_answers_diverge_from_stock_s_under_a_plan_and_not_without(kind: Kind) -
     with torch.no_grad():
         stock = build(kind, VOCAB)(**known[0].inputs).logits[0, -4:].log_softmax(-1)
     torch.testing.assert_close(known[0].log_probabilities, stock, rtol=1e-4, atol=1e-4)
-    plan = yopo.calibrate(model, [given], layer_cut=1, mass="drop")
+    plan = yopo.calibrate(model, [given], layer_cut=1, mass="drop").plan
     assert divergence(model, plan, known).kl > 1e-4
     dense = PruningPlan.dense(stack_of(model).config)
     assert divergence(model, dense, known).kl < 1e-6 and yopo.plan_of(model) is None
@@ -90,8 +91,8 @@ def test_the_command_makes_a_checkpoint_of_the_family(
     finally:
         patch.undo()
     plan = yopo.plan_of(model)
-    order = neurons.load_order(tmp_path / "pruned" / neurons.FILE)
-    assert plan is not None and plan.ffn_order == neurons.checksum(order)
+    order = neuron_order.load_order(tmp_path / "pruned" / neuron_order.FILE)
+    assert plan is not None and plan.ffn_order == neuron_order.checksum(order)
     neurons.undo(yopo.remove(model), order)
     given, dense = one_photo(kind), build(kind, VOCAB)
     with torch.no_grad():
@@ -104,4 +105,4 @@ def test_weights_that_are_cut_off_are_refused_in_one_line(kind: Kind, tmp_path: 
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(BadInput, match="cannot load"):
-        HfInputs(str(tmp_path), "cpu")
+        TransformersPrompter(str(tmp_path), "cpu")

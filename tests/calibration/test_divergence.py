@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 import yopo
 from yopo.calibration.divergence import divergence, references
-from yopo.calibration.sample import with_answer
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.prompts.sample import with_answer
 
 ANSWER = torch.tensor([[3, 17, 4]])
 

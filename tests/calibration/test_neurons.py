@@ -16,6 +16,7 @@ import yopo
 from yopo.calibration import neurons
 from yopo.calibration.collect import collect
 from yopo.calibration.head_rule import released_head_keep
+from yopo.checkpoint import neuron_order
 from yopo.models.attach import ffn_order_of
 from yopo.plan.pruning_plan import PruningPlan
 
@@ -97,14 +98,14 @@ def some_order(layers: int = 3, seed: int = 3) -> Tensor:
 
 def test_a_plan_for_an_order_is_refused_on_weights_in_another() -> None:
     order, model = some_order(), build(SHAPE)
-    plan = a_plan(ffn_order=neurons.checksum(order))
+    plan = a_plan(ffn_order=neuron_order.checksum(order))
     with pytest.raises(ValueError, match="this model's are as trained"):
         yopo.apply(model, plan)
     neurons.put(model, order)
     yopo.apply(model, plan)
     with pytest.raises(ValueError, match=r"yopo\.remove it first"):
         neurons.undo(model, order)
-    other = a_plan(ffn_order=neurons.checksum(some_order(seed=4)))
+    other = a_plan(ffn_order=neuron_order.checksum(some_order(seed=4)))
     with pytest.raises(ValueError, match="are in the order sha256"):
         yopo.apply(model, other)
     yopo.apply(model, a_plan())  # which says nothing of an order
@@ -113,7 +114,7 @@ def test_a_plan_for_an_order_is_refused_on_weights_in_another() -> None:
 def test_the_order_goes_along_with_a_saved_model(tmp_path: Path) -> None:
     order, model, given = some_order(), build(SHAPE), sample(1)
     neurons.put(model, order)
-    plan = a_plan(ffn_order=neurons.checksum(order))
+    plan = a_plan(ffn_order=neuron_order.checksum(order))
     expected = logits(yopo.apply(model, plan), given)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
@@ -135,7 +136,7 @@ def test_the_order_is_not_lost_with_the_plan(tmp_path: Path, how: str) -> None:
     order, model = some_order(), build(SHAPE)
     neurons.put(model, order)
     if how != "no plan":
-        yopo.apply(model, a_plan(ffn_order=neurons.checksum(order)))
+        yopo.apply(model, a_plan(ffn_order=neuron_order.checksum(order)))
         model.save_pretrained(tmp_path / "first")
         model = type(model).from_pretrained(tmp_path / "first")
         yopo.remove(model)
@@ -143,7 +144,7 @@ def test_the_order_is_not_lost_with_the_plan(tmp_path: Path, how: str) -> None:
         yopo.apply(model, a_plan())
     model.save_pretrained(tmp_path / "second")
     loaded = type(model).from_pretrained(tmp_path / "second")
-    assert ffn_order_of(loaded) == neurons.checksum(order)
+    assert ffn_order_of(loaded) == neuron_order.checksum(order)
     with pytest.raises(ValueError, match="already: undo"):
         neurons.put(loaded, order)
     neurons.undo(loaded, order)
@@ -167,33 +168,6 @@ def test_what_is_no_plain_linear_is_refused_before_anything_is_moved() -> None:
 def test_what_is_no_order_of_this_model_is_refused(order: Tensor) -> None:
     with pytest.raises(ValueError, match="the order (has shape|does not name each)"):
         neurons.put(build(SHAPE), order)
-
-
-def test_a_checkpoint_s_tensors_are_put_in_order_as_a_model_s_are() -> None:
-    order, model = some_order(2), build(BIASED)
-    with torch.no_grad():
-        for layer in model.model.layers:  # as with mlp_bias
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                module = getattr(layer.mlp, name)
-                module.bias = nn.Parameter(torch.randn(module.out_features))
-    vision = {"vision_tower.layers.0.mlp.gate_proj.weight": torch.randn(24, 3)}
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    tensors, changed = neurons.permute_tensors(before | vision, order)
-    neurons.put(model, order)
-    assert changed == 2 * 5
-    assert all(torch.equal(tensors[name], value) for name, value in model.state_dict().items())
-    assert all(torch.equal(tensors[name], value) for name, value in vision.items())
-
-
-def test_an_order_in_a_file_is_checked(tmp_path: Path) -> None:
-    path, order = tmp_path / neurons.FILE, some_order()
-    neurons.save_order(path, order)
-    assert torch.equal(neurons.load_order(path), order)
-    data = bytearray(path.read_bytes())
-    data[-4] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match="corrupt"):
-        neurons.load_order(path)
 
 
 def test_head_masks_do_not_depend_on_the_order() -> None:

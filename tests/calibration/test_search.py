@@ -13,9 +13,11 @@ from test_collect import sample
 import yopo
 from yopo.calibration.budget import VisualCost
 from yopo.calibration.collect import collect
+from yopo.calibration.config import SearchConfig
 from yopo.calibration.divergence import divergence, references
 from yopo.calibration.head_rule import released_head_keep, solve_alpha
-from yopo.calibration.search import Found, search, split
+from yopo.calibration.sample_split import split
+from yopo.calibration.search import Found, search
 from yopo.counting.flops import Prompt, prefill_flops
 from yopo.plan.pruning_plan import PruningPlan
 
@@ -38,7 +40,8 @@ def known(model: Any) -> Any:
 
 
 def found_for(model: Any, statistics: Any, known: Any, budget: float, **settings: Any) -> Found:
-    return search(model, [], budget, statistics, known=known, **settings)
+    told = {name: settings.pop(name) for name in ("start", "log") if name in settings}
+    return search(model, known, statistics, SearchConfig(budget=budget, **settings), **told)
 
 
 def visual_flops(plan: PruningPlan | None, known: Any) -> float:
@@ -190,8 +193,8 @@ def test_not_more_plans_are_tried_than_told(model: Any, statistics: Any, known: 
         assert 1 <= len(found.evaluations) <= most
 
 
-@pytest.mark.parametrize("wrong", [{"evaluations": 0}, {"held_out": []}])
-def test_a_search_of_nothing_is_refused(model: Any, statistics: Any, wrong: dict[str, Any]) -> None:
-    values = {"held_out": [sample(0)], "budget": 0.5, "statistics": statistics} | wrong
-    with pytest.raises(ValueError, match="at least one of each"):
-        search(model, **values)
+def test_a_search_of_nothing_is_refused(model: Any, statistics: Any, known: Any) -> None:
+    with pytest.raises(ValueError, match="evaluations is 0; allowed: from 1"):
+        found_for(model, statistics, known, 0.5, evaluations=0)
+    with pytest.raises(ValueError, match="a search takes at least one"):
+        found_for(model, statistics, [], 0.5)

@@ -12,6 +12,7 @@ from layouts import KEEP, SHAPE, build
 from safetensors.torch import load_file, save_file
 
 from yopo.calibration import neurons
+from yopo.checkpoint import neuron_order
 from yopo.checkpoint.pruned_folder import write
 from yopo.checkpoint.shards import weight_files
 from yopo.errors import BadInput
@@ -20,7 +21,7 @@ from yopo.plan.pruning_plan import PruningPlan
 ORDER = torch.stack(
     [torch.randperm(24, generator=torch.Generator().manual_seed(i)) for i in (0, 1, 2)]
 )
-PLAN = PruningPlan(KEEP, window=5, layer_cut=2, ffn_ratio=2, ffn_order=neurons.checksum(ORDER))
+PLAN = PruningPlan(KEEP, window=5, layer_cut=2, ffn_ratio=2, ffn_order=neuron_order.checksum(ORDER))
 KINDS = ("safetensors", "bin", "shards", "bin shards")
 
 
@@ -75,7 +76,7 @@ def test_neurons_are_reordered_in_every_kind_of_file(tmp_path: Path, kind: str) 
     assert all(torch.equal(made[name], value) for name, value in expected.items())
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     assert PruningPlan.from_config(config) == PLAN and config["title"] == "größer"
-    assert torch.equal(neurons.load_order(target / neurons.FILE), ORDER)
+    assert torch.equal(neuron_order.load_order(target / neuron_order.FILE), ORDER)
     names = {file.name for file in weight_files(given)}
     assert {"tokenizer.json", *names} <= {file.name for file in target.iterdir()}
 
@@ -88,7 +89,7 @@ def test_weights_that_stay_are_files_of_their_own(tmp_path: Path, kind: str) -> 
     for file in weight_files(given):
         assert not (target / file.name).samefile(file)
         assert (target / file.name).read_bytes() == file.read_bytes()
-    assert not (target / neurons.FILE).exists()
+    assert not (target / neuron_order.FILE).exists()
 
 
 def test_ffn_weights_under_other_names_are_refused(tmp_path: Path) -> None:
@@ -108,4 +109,4 @@ def test_results_and_weights_of_another_order_are_not_taken_over(tmp_path: Path)
         (given / name).write_text("{}")
     write(given, target, PLAN, ORDER)
     names = {file.name for file in target.iterdir()}
-    assert names == {"config.json", "tokenizer.json", "model.safetensors", neurons.FILE}
+    assert names == {"config.json", "tokenizer.json", "model.safetensors", neuron_order.FILE}

@@ -18,8 +18,11 @@ from random_llava import HEADS, LAYERS
 import yopo
 from yopo.calibration import neurons
 from yopo.calibration.sample_statistics import Statistics
+from yopo.checkpoint import neuron_order
 from yopo.commands.command_line import main
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.prompts import load
+from yopo.prompts.questions import Samples, read_questions
 
 if importlib.util.find_spec("llava") is None:  # looked for, not imported: the patch comes first
     pytest.skip("llava-torch is not installed", allow_module_level=True)
@@ -75,7 +78,7 @@ def run(work: Path, tmp_path: Path, capsys: Any) -> Callable[..., tuple[int, str
     return command
 
 
-def load(folder: Path) -> Any:
+def loaded(folder: Path) -> Any:
     from llava.model.builder import load_pretrained_model
 
     return load_pretrained_model(str(folder), None, folder.name, device="cpu")[1].float()
@@ -89,17 +92,17 @@ def test_the_folder_made_is_a_checkpoint_with_the_plan(
     assert code == 0 and "12 questions, 0 passed over" in out and f"written: {made}" in out
     statistics = Statistics.load(made / STATISTICS)
     assert len(statistics) == 12  # a rule holds none out
-    dense = load(work / "llava-v1-random")
+    dense = loaded(work / "llava-v1-random")
     statistics.check(dense)
     plan = PruningPlan.from_config(json.loads((made / "config.json").read_text()))
-    expected = yopo.calibrate(dense, statistics=statistics, keep=0.75)
+    expected = yopo.calibrate(dense, statistics=statistics, keep=0.75).plan
     order = neurons.ranked(statistics)
     assert (plan.head_keep, plan.window) != (None, None)
     assert torch.equal(plan.head_keep, expected.head_keep)
     assert torch.equal(plan.text_mass, expected.text_mass)
-    assert plan.ffn_order == neurons.checksum(order)
+    assert plan.ffn_order == neuron_order.checksum(order)
     assert torch.equal(torch.from_numpy(mask_in(made)), plan.head_keep)
-    pruned = load(made)
+    pruned = loaded(made)
     assert yopo.plan_of(pruned) == plan
     neurons.put(dense, order)
     weights = dense.state_dict()
@@ -107,6 +110,31 @@ def test_the_folder_made_is_a_checkpoint_with_the_plan(
     assert "% answered as by the dense model" in out and "visual FLOPs: " in out
     assert {file.suffix for file in made.iterdir()} == {".json", ".model", ".npy", ".safetensors"}
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("settings", [{"keep": 0.75}, {"budget": 0.3, "evaluations": 8}])
+def test_plan_order_and_words_are_those_of_the_function(
+    run: Any, work: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    code, out, _ = run(**settings)
+    assert code == 0
+    prompter, (questions, _) = (
+        load(work / "llava-v1-random", "cpu"),
+        read_questions(work / "data.jsonl"),
+    )
+    made = yopo.calibrate(
+        prompter.model,
+        Samples(questions, prompter),
+        reorder_neurons=True,
+        influence=True,
+        **settings,
+    )
+    folder = tmp_path / "llava-v1-pruned"
+    assert PruningPlan.from_config(json.loads((folder / "config.json").read_text())) == made.plan
+    assert torch.equal(neuron_order.load_order(folder / neuron_order.FILE), made.neuron_order)
+    assert f"\n{made.report}\nwritten: " in out
+    written = Statistics.load(folder / STATISTICS)
+    assert written.samples == made.statistics.samples and written.model == made.statistics.model
 
 
 def mask_in(folder: Path) -> Any:
@@ -175,12 +203,12 @@ def test_a_run_that_was_stopped_goes_on_and_makes_the_same(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from yopo.calibration import collect
-    from yopo.prompts import llava_prompts as llava_inputs
+    from yopo.prompts.llava_prompts import LlavaPrompter
 
     made, whole = tmp_path / "llava-v1-pruned", tmp_path / "llava-whole"
     assert run(out=whole)[0] == 0
     asked: list[int] = []
-    answer = llava_inputs.LlavaInputs.__call__
+    answer = LlavaPrompter.__call__
 
     def stopping(self: Any, question: Any) -> Any:
         asked.append(1)
@@ -188,7 +216,7 @@ def test_a_run_that_was_stopped_goes_on_and_makes_the_same(
             raise KeyboardInterrupt
         return answer(self, question)
 
-    monkeypatch.setattr(llava_inputs.LlavaInputs, "__call__", stopping)
+    monkeypatch.setattr(LlavaPrompter, "__call__", stopping)
     code, _, err = run()
     assert code == 130 and "the same command goes on from" in err
     assert not made.exists()
@@ -279,6 +307,17 @@ def test_foreign_files_in_the_partial_folder_are_left_and_named(
     file.write_text("mine")
     assert name.split("/")[0] in refused(run, tmp_path)
     assert file.read_text() == "mine"
+
+
+def test_what_a_run_that_was_killed_left_is_taken_away(run: Any, tmp_path: Path) -> None:
+    partial = tmp_path / "llava-v1-pruned.partial"
+    partial.mkdir()
+    for name in ("config.json.7.140.partial", "statistics.safetensors.7.140.partial", "search.csv"):
+        (partial / name).write_text("half of")
+    assert run()[0] == 0
+    names = {file.name for file in (tmp_path / "llava-v1-pruned").iterdir()}
+    assert "config.json" in names
+    assert "search.csv" not in names and not [name for name in names if "partial" in name]
 
 
 def test_a_folder_below_a_file_is_refused(run: Any, tmp_path: Path) -> None:

@@ -21,8 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from yopo.calibration import neurons
-from yopo.checkpoint import shards
+from yopo.checkpoint import neuron_order, shards
 from yopo.commands.command_line import main
 from yopo.convert import weight_stream as convert_stream
 from yopo.errors import BadInput
@@ -503,16 +502,16 @@ def test_the_order_of_ffn_neurons_is_kept(tmp_path: Path, source: Path, planned:
     config = json.loads((source / "config.json").read_text())
     layers, size = config["num_hidden_layers"], config["intermediate_size"]
     order = torch.stack([torch.arange(size).flip(0)] * layers)
-    neurons.save_order(source / neurons.FILE, order)
+    neuron_order.save_order(source / neuron_order.FILE, order)
     if planned:
         keep = torch.ones(layers, config["num_attention_heads"])
-        PruningPlan(keep, ffn_ratio=2, ffn_order=neurons.checksum(order)).save_to(config)
+        PruningPlan(keep, ffn_ratio=2, ffn_order=neuron_order.checksum(order)).save_to(config)
     else:
-        config["yopo_ffn_order"] = neurons.checksum(order)
+        config["yopo_ffn_order"] = neuron_order.checksum(order)
     (source / "config.json").write_text(json.dumps(config))
     made = convert(source, tmp_path / "new")
-    assert torch.equal(neurons.load_order(made / neurons.FILE), order)
-    assert ffn_order_of(loaded(made)) == neurons.checksum(order)
+    assert torch.equal(neuron_order.load_order(made / neuron_order.FILE), order)
+    assert ffn_order_of(loaded(made)) == neuron_order.checksum(order)
 
 
 def test_a_damaged_finished_shard_is_made_again(

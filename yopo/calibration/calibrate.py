@@ -1,115 +1,180 @@
-"""`yopo.calibrate`: from a model and samples to a plan. Puts the parts together: statistics
-(collect.py), the head rule (rules.py), or a search under a budget (search.py)."""
+"""`yopo.calibrate`: from a model and samples to a plan, and to all that was found on the way. Puts
+the parts together: statistics (collect.py), a rule for heads (head_rule.py) or a search within a
+budget (search.py), the order of FFN neurons (neurons.py), fitted constants (mass_fit.py), what the
+plan changes (divergence.py). Reads and writes no file but that of the statistics.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from inspect import signature
-from itertools import islice
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from yopo.calibration import neurons
+from yopo.calibration.budget import VisualCost
+from yopo.calibration.calibration_report import Report, ReportSoFar
 from yopo.calibration.collect import collect
-from yopo.calibration.head_rule import released_head_keep, solve_alpha
+from yopo.calibration.config import RuleConfig, SearchConfig, config_of
+from yopo.calibration.divergence import divergence, references
+from yopo.calibration.head_rule import plan_by_rule
+from yopo.calibration.mass_fit import fit_text_mass
+from yopo.calibration.sample_split import SampleSplit, split_for
 from yopo.calibration.sample_statistics import Statistics
-from yopo.plan.pruning_plan import PruningPlan, split_masses
+from yopo.calibration.search import search
+from yopo.checkpoint.neuron_order import checksum
+from yopo.models.attach import ffn_order_of
+from yopo.models.trial import decoder_of
+from yopo.plan.pruning_plan import PruningPlan
+from yopo.prompts.sample import Sample
 
-RULES = ("released",)
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What calibrating a model came to.
+
+    plan: for the model as it is now.
+    statistics: of the model as it was given, before its neurons were put in order.
+    neuron_order: (L, I), the permutation that was put on the model (`neurons.undo` takes it back);
+        None: none was.
+    report: figures, and in words what they say.
+    """
+
+    plan: PruningPlan
+    statistics: Statistics
+    neuron_order: Tensor | None
+    report: Report
 
 
 def calibrate(
     model: nn.Module,
-    samples: Iterable[dict[str, Any]] = (),
+    samples: Iterable[Sample] = (),
+    config: RuleConfig | SearchConfig | None = None,
     *,
-    budget: float | None = None,
-    held_out: Iterable[dict[str, Any]] | None = None,
-    mass: str = "calibrated",
+    held_out: Iterable[Sample] | None = None,
     statistics: Statistics | None = None,
-    limit: int | None = None,
+    statistics_path: str | Path | None = None,
     progress: bool = False,
-    **chosen: Any,
-) -> PruningPlan:
+    tell: Callable[[str], Any] | None = None,
+    **settings: Any,
+) -> Calibration:
     """A plan for `model`, made from `samples`, model inputs of one prompt each (sample.py).
 
-    budget: the plan under which visual tokens take at most this share of the dense model's FLOPs
-    for them and the answers of `held_out` (default: every second sample, which the statistics then
-    leave out) change least (search.py).
-    Without a budget: the plan by a head rule; `chosen` are arguments of `plan_from` (rule, alpha or
-    keep, window, window_causal, layer_cut, ffn_ratio).
-    mass: HEAD[/CUT], the plan's head_mass and cut_mass.
-    statistics: of this model, in place of taking them. limit: take only so many samples.
+    config: a RuleConfig or a SearchConfig; or their fields as `settings`: with `budget` the plan
+        under which answers change least, of those that take at most this share of the dense model's
+        visual FLOPs; without, the plan by a rule for heads.
+    held_out: other samples, by whose answers a search chooses and constants are fitted; None: every
+        second sample, of which no statistics are taken then. Every third of those held out judges
+        the plan and chooses nothing.
+    statistics: of this model, in place of taking them. statistics_path: a file that is kept up to
+        date with them: the same call goes on from where it was stopped.
+    tell: is given each line of the report as soon as it is known.
 
-    The model and its plan stay as they are. Visual tokens use the first FFN neurons as they are;
-    `yopo.calibration.neurons.reorder` ranks them first, in place, as the command line does.
+    The model and its plan stay as they are, but for the order of its FFN neurons, and that only
+    where `reorder_neurons` is set and the call succeeds.
 
-    Raises ValueError naming what does not fit, TypeError for an argument that there is not.
+    Raises ValueError naming what does not fit (CannotGoOn: of an earlier run), TypeError for a
+    setting that there is not, or FFNs that cannot be put in another order.
     """
-    if unknown := chosen.keys() - signature(plan_from).parameters.keys():
-        raise TypeError(f"calibrate takes no {sorted(unknown)[0]!r}")
-    if budget is not None:
-        if chosen:
-            raise ValueError(
-                f"{next(iter(chosen))} and budget are both given: a budget chooses the plan"
-            )
-        from yopo.calibration.search import search, split
-
-        if held_out is None:
-            samples, held_out = split(list(islice(samples, limit)))
-        if statistics is None:
-            statistics = collect(model, samples, limit=limit, progress=progress, influence=False)
-        return search(model, held_out, budget, statistics, mass=mass, progress=progress).plan
-    if held_out is not None:
-        raise ValueError("held_out is given without a budget: only the search needs it")
+    if config is None:
+        config = config_of(settings)
+    elif settings:
+        raise TypeError(f"config and {next(iter(settings))} are both given: put it in the config")
+    if statistics is not None and statistics_path is not None:
+        raise ValueError("statistics and statistics_path are both given: none are taken then")
+    split = split_for(config, samples, held_out, measured=statistics is not None)
+    run = _Run(model, config, split, ReportSoFar(tell), progress)
+    config.check_fit(decoder_of(model).config)
+    before = run.order_before()
     if statistics is None:
-        statistics = collect(model, samples, limit=limit, progress=progress, influence=False)
+        statistics = run.measure(statistics_path)
     statistics.check(model)
-    return plan_from(statistics, mass=mass, **chosen)
+    order, seen = run.reorder(statistics)
+    try:
+        plan = run.choose(seen)
+        run.judge(plan)
+    except BaseException:
+        if order is not None:
+            neurons.undo(model, order)
+        raise
+    plan = replace(plan, ffn_order=before if order is None else checksum(order))
+    return Calibration(plan, statistics, order, run.report.report)
 
 
-def plan_from(
-    statistics: Statistics,
-    *,
-    rule: str = "released",
-    alpha: float | None = None,
-    keep: float | None = None,
-    window: int | None = 5,
-    window_causal: bool = False,
-    layer_cut: int | None = None,
-    ffn_ratio: float = 2,
-    mass: str = "calibrated",
-) -> PruningPlan:
-    """The plan by a head rule, of the model that the statistics are of. Takes no time.
+@dataclass(frozen=True)
+class _Run:
+    """One call of `calibrate`, and its steps in the order in which they are taken."""
 
-    Heads by `rule` with threshold `alpha`, or the one at which the share `keep` of the heads of all
-    layers is kept (default 0.5; the first two layers keep theirs whatever it is); layer_cut None:
-    half the layers. window, window_causal, ffn_ratio: as the plan's.
-    """
-    if rule not in RULES:
-        raise ValueError(f"rule is {rule!r}; allowed: {', '.join(RULES)}")
-    if alpha is not None and keep is not None:
-        raise ValueError("alpha and keep are both given: each decides how many heads are kept")
-    if keep is not None and not 0 <= keep <= 1:
-        raise ValueError(f"keep is {keep!r}; allowed: a share of the heads, 0 to 1")
-    ratios, masses = statistics.ratios, masses_of(mass)
-    if alpha is None:
-        alpha = solve_alpha(ratios, 0.5 if keep is None else keep)
-    return PruningPlan(
-        released_head_keep(ratios, alpha),
-        window=window,
-        window_causal=window_causal,
-        layer_cut=ratios.shape[1] // 2 if layer_cut is None else layer_cut,
-        ffn_ratio=ffn_ratio,
-        **masses,
-        text_mass=text_mass_for(masses, statistics),
-    )
+    model: nn.Module
+    config: RuleConfig | SearchConfig
+    split: SampleSplit
+    report: ReportSoFar
+    progress: bool
 
+    def order_before(self) -> str | None:
+        """Which order FFN neurons are in already. Raises ValueError if it is to be changed."""
+        before = ffn_order_of(self.model)
+        if before is not None and self.config.reorder_neurons:
+            name = getattr(decoder_of(self.model).config, "_name_or_path", "") or "this model"
+            raise ValueError(
+                f"the FFN neurons of {name} are in another order already: calibrate the checkpoint "
+                "that it was made of, or keep their order (--first-neurons; in Python "
+                "reorder_neurons=False)"
+            )
+        return before
 
-def masses_of(mass: str) -> dict[str, str]:
-    """The fields head_mass and cut_mass of HEAD[/CUT]; raises ValueError for other words."""
-    return dict(zip(("head_mass", "cut_mass"), split_masses(mass), strict=True))
+    def measure(self, path: str | Path | None) -> Statistics:
+        taken, influence = self.split.taken, self.config.influence
+        found = collect(self.model, taken, path=path, influence=influence, progress=self.progress)
+        figures: dict[str, Any] = {"samples": len(found)}
+        if path is not None and isinstance(taken, Sized) and len(found) > len(taken):
+            figures["file"] = Path(path)
+        if influence:
+            figures["influence"] = tuple(found.influence.double().nanmean(0).tolist())
+        self.report.add(**figures)
+        return found
 
+    def reorder(self, statistics: Statistics) -> tuple[Tensor | None, Statistics]:
+        """The order put on the model, and the statistics as they are of it then."""
+        if not self.config.reorder_neurons:
+            return None, statistics
+        try:
+            return neurons.reorder(self.model, statistics)
+        except TypeError as error:
+            raise TypeError(
+                f"{error}; or keep their order: --first-neurons (in Python reorder_neurons=False)"
+            ) from error
 
-def text_mass_for(masses: dict[str, str], statistics: Statistics) -> Tensor | None:
-    """The constants that a plan with these masses carries."""
-    return statistics.text_mass() if "calibrated" in masses.values() else None
+    def choose(self, statistics: Statistics) -> PruningPlan:
+        """The plan by the rule or the search, and its constants fitted where that is asked."""
+        model, config = self.model, self.config
+        known = references(model, self.split.choosing, config.answer_tokens)
+        if isinstance(config, SearchConfig):
+            found = search(model, known, statistics, config, progress=self.progress)
+            plan = found.plan
+            self.report.add(search=found)
+        else:
+            plan, alpha = plan_by_rule(statistics, config)
+            self.report.add(alpha=alpha)
+        if config.fit_mass is not None:
+            answers = references(model, self.split.taken, config.answer_tokens)
+            plan = fit_text_mass(model, plan, answers, known, config.fit_mass, self.progress)
+        self.report.add(plan=plan)
+        return plan
+
+    def judge(self, plan: PruningPlan) -> None:
+        """Reports what `plan` changes of the answers to the samples that judge it."""
+        known = references(self.model, self.split.judging, self.config.answer_tokens)
+        if not known:
+            return
+        cost = VisualCost(decoder_of(self.model).config, (r.prompt for r in known))
+        change = divergence(self.model, plan, known)
+        self.report.add(
+            judged=len(known),
+            judges=self.split.judges,
+            visual_flops=cost.share(plan),
+            same=float(change.same.double().mean()),
+            kl=float(change.kl.mean()),
+        )

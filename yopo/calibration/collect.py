@@ -18,15 +18,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from yopo.calibration.sample import prompt_of
 from yopo.calibration.sample_statistics import Statistics, digest_of, fingerprint
 from yopo.engine import forward as engine
 from yopo.engine.layer import Shared
 from yopo.engine.layer_plan import SEEN, LayerPlans
 from yopo.engine.layout import VisualLayout
 from yopo.engine.visual_cache import HeadStore, VisualCache
+from yopo.errors import CannotGoOn
 from yopo.models.layers import call_layer
-from yopo.models.trial import stack_of, under
+from yopo.models.trial import decoder_of, under
+from yopo.prompts.sample import Sample, prompt_of
 
 BLOCK = 2**23  # scores held at a time
 SAVE_SECONDS = 20  # between two writes of the file
@@ -34,7 +35,7 @@ SAVE_SECONDS = 20  # between two writes of the file
 
 def collect(
     model: nn.Module,
-    samples: Iterable[dict[str, Any]],
+    samples: Iterable[Sample],
     *,
     limit: int | None = None,
     path: str | Path | None = None,
@@ -49,36 +50,27 @@ def collect(
     again. known: statistics to go on from instead. influence: also measure how much visual tokens
     still matter after each layer, which costs about as much as the rest.
 
-    Raises ValueError for samples that are none, or others than those known begin with.
+    Raises ValueError for samples that are none; CannotGoOn, which is one, where those known are of
+    others or of another model, or the file cannot be read.
     """
-    if known is None and path is not None and Path(path).exists():
-        known = Statistics.load(path)
-    model_mark = fingerprint(model)
     total = len(samples) if hasattr(samples, "__len__") else None
     total = min((count for count in (total, limit) if count is not None), default=None)
-    saved_at = 0.0
     with torch.no_grad(), under(model, None):
-        stack = stack_of(model)
-        sizes = stack.config.num_attention_heads, stack.config.intermediate_size
-        found = Statistics.empty(model_mark, len(stack.layers), *sizes)
-        if known is not None:
-            found = found.then(known)
-        done = len(found)
-        norms = _column_norms(stack)
+        decoder = decoder_of(model)
+        sizes = decoder.config.num_attention_heads, decoder.config.intermediate_size
+        empty = Statistics.empty(fingerprint(model), len(decoder.layers), *sizes)
+        found = _going_on(empty, known, path)
+        done, norms, saved_at = len(found), _column_norms(decoder), 0.0
         bar = tqdm(islice(samples, limit), "statistics", total, disable=not progress, mininterval=1)
         try:
             for index, sample in enumerate(bar):
                 inputs = prompt_of(sample)
                 digest = digest_of(inputs)
                 if index < done:
-                    if found.samples[index] != digest:
-                        raise ValueError(
-                            f"sample {index} is not the one that the statistics were begun with: "
-                            "give the same samples in the same order, or start anew"
-                        )
+                    _refuse_other(found, index, digest)
                     continue
                 try:
-                    one = _measure(model, stack, inputs, norms, digest, model_mark, influence)
+                    one = _measure(model, decoder, inputs, norms, digest, found.model, influence)
                 except ValueError as error:
                     raise ValueError(f"sample {index} (the first is 0): {error}") from error
                 found = found.then(one)
@@ -93,9 +85,27 @@ def collect(
     return found
 
 
+def _going_on(empty: Statistics, known: Statistics | None, path: str | Path | None) -> Statistics:
+    """What is known already: `known`, what the file `path` holds, or `empty`."""
+    try:
+        if known is None and path is not None and Path(path).exists():
+            known = Statistics.load(path)
+        return empty if known is None else empty.then(known)
+    except ValueError as error:
+        raise CannotGoOn(str(error)) from error
+
+
+def _refuse_other(found: Statistics, index: int, digest: str) -> None:
+    if found.samples[index] != digest:
+        raise CannotGoOn(
+            f"sample {index} is not the one that the statistics were begun with: give the same "
+            "samples in the same order, or start anew"
+        )
+
+
 def _measure(
     model: nn.Module,
-    stack: nn.Module,
+    decoder: nn.Module,
     inputs: dict[str, Any],
     norms: list[Tensor],
     digest: str,
@@ -103,8 +113,8 @@ def _measure(
     influence: bool,
 ) -> Statistics:
     """Statistics of one sample; `model` runs under a plan that prunes nothing. norms: as
-    `_column_norms` of its stack."""
-    watch = _Watch(stack, norms)
+    `_column_norms` of its decoder."""
+    watch = _Watch(decoder, norms)
     with watch:
         logits = model(**inputs, use_cache=False).logits[0, -1]
     if not bool(logits.isfinite().all()):
@@ -114,7 +124,7 @@ def _measure(
         )
     if not watch.ratios:
         raise ValueError("it shows no image: calibrating takes prompts with one")
-    moved = [float("nan")] * len(stack.layers)
+    moved = [float("nan")] * len(decoder.layers)
     if influence:
         head = model.get_output_embeddings()
         moved = [_kl(logits, head(row)) for row in watch.without_image_from_each_layer()]
@@ -131,16 +141,16 @@ def _measure(
     )
 
 
-def _column_norms(stack: nn.Module) -> list[Tensor]:
+def _column_norms(decoder: nn.Module) -> list[Tensor]:
     """For each layer the norms (I,) of down_proj's columns, float64 on the CPU; 1 where they cannot
     be read (quantised, offloaded)."""
     norms = []
-    for layer in stack.layers:
+    for layer in decoder.layers:
         weight = getattr(layer.mlp.down_proj, "weight", None)
         if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta:
             norms.append(weight.float().norm(dim=0).double().cpu())
         else:
-            norms.append(torch.ones(stack.config.intermediate_size, dtype=torch.float64))
+            norms.append(torch.ones(decoder.config.intermediate_size, dtype=torch.float64))
     return norms
 
 
@@ -156,8 +166,8 @@ class _Watch:
     Afterwards, one entry for each layer: ratios, visual_mass (H,); text_share (2, H); ffn_use (I,).
     """
 
-    def __init__(self, stack: nn.Module, norms: list[Tensor]) -> None:
-        self._stack, self._norms = stack, norms
+    def __init__(self, decoder: nn.Module, norms: list[Tensor]) -> None:
+        self._decoder, self._norms = decoder, norms
         self.ratios: list[Tensor] = []
         self.visual_mass: list[Tensor] = []
         self.text_share: list[Tensor] = []
@@ -170,7 +180,7 @@ class _Watch:
         self._exit = ExitStack()
         token = engine.OBSERVER.set(self._attention)
         self._exit.callback(engine.OBSERVER.reset, token)
-        for layer in self._stack.layers:
+        for layer in self._decoder.layers:
             for module, look in (
                 (layer.input_layernorm, self._layer_input),
                 (layer.mlp.down_proj, self._neurons),
@@ -228,10 +238,10 @@ class _Watch:
     def without_image_from_each_layer(self) -> Iterable[Tensor]:
         """For each layer C the last text row (d,), normed, if visual tokens leave at C: the text
         rows alone go on from there, at the places that they have in the whole prompt."""
-        shared, layers = self._shared, self._stack.layers
+        shared, layers = self._shared, self._decoder.layers
         n = len(shared.index.text)
-        config = self._stack.config
-        plan = self._stack.yopo_plan
+        config = self._decoder.config
+        plan = self._decoder.yopo_plan
         whole = LayerPlans.build(config, plan)
         angles = [x[:n].transpose(0, 1) for x in (shared.cos, shared.sin)]
         valid = torch.ones(1, n, dtype=torch.bool, device="cpu")
@@ -242,7 +252,7 @@ class _Watch:
             index = engine.prepare(VisualLayout.empty(1, n), valid, cache, plan)
             text = self._text_rows[cut][None, :n]
             rows = engine.run(layers[cut:], rest, index, text, *angles, cache, how)
-            yield self._stack.norm(rows[:, -1:])[0, -1]
+            yield self._decoder.norm(rows[:, -1:])[0, -1]
 
 
 def _blocks(queries: int, scores_each: int) -> Iterable[slice]:

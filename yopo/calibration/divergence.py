@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from yopo.calibration.sample import ANSWER, prompt_of, with_answer
 from yopo.counting.flops import Prompt
 from yopo.engine.visual_cache import VisualCache
 from yopo.models.trial import under
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.prompts.prompter import greedy
+from yopo.prompts.sample import ANSWER, Sample, prompt_of, with_answer
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Change(NamedTuple):
 
 @torch.no_grad()
 def references(
-    model: nn.Module, samples: Iterable[dict[str, Any]], answer_tokens: int = 16
+    model: nn.Module, samples: Iterable[Sample], answer_tokens: int = 16
 ) -> list[Reference]:
     """The dense `model` (whatever its plan) on `samples`; where a sample has no answer, at most
     `answer_tokens` greedy tokens are."""
@@ -57,7 +58,7 @@ def references(
             inputs = prompt_of(sample)
             answer = sample.get(ANSWER)
             if answer is None:
-                answer = _greedy(model, inputs, answer_tokens)
+                answer = greedy(model, inputs, answer_tokens)
             if answer.dim() != 2 or answer.shape[0] != 1 or answer.shape[1] == 0:
                 raise ValueError(
                     f"{ANSWER} has shape {tuple(answer.shape)}; allowed: (1, tokens), not empty"
@@ -87,27 +88,6 @@ def divergence(model: nn.Module, plan: PruningPlan, known: Sequence[Reference]) 
             kl.append((dense.exp() * (dense - pruned)).sum(-1).double().mean())
             same.append((dense.argmax(-1) == pruned.argmax(-1)).all())
     return Change(torch.stack(kl), torch.stack(same))
-
-
-def _greedy(model: nn.Module, inputs: dict[str, Any], limit: int) -> Tensor:
-    """The (1, m) ids that `model` goes on with."""
-    given = dict(inputs)
-    ids = given.pop("input_ids", None)
-    if ids is not None:
-        # Without a mask generate() takes ids that equal pad_token_id for padding.
-        given.setdefault("attention_mask", torch.ones_like(ids))
-    made = model.generate(
-        *(() if ids is None else (ids,)),  # by place: LLaVA's generate calls it `inputs`
-        **given,
-        max_new_tokens=limit,
-        do_sample=False,
-        num_beams=1,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    # What stands before the new tokens is the prompt, a start token, or nothing, by family and
-    # version; there are as many scores as new tokens.
-    return made.sequences[:, -len(made.scores) :]
 
 
 def _prompt(cache: VisualCache, answered: int) -> Prompt:

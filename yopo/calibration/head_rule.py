@@ -1,14 +1,36 @@
-"""Choosing what to prune: YOPO's released rule for heads (its gen_mask scripts).
+"""Choosing heads by a rule: YOPO's released one (its gen_mask scripts), and the plan with it.
 
 A head that spends little of its attention on the image is pruned. How much it spends on one sample
-is `visual_ratio`; `released_head_keep` lets many samples vote.
+is `visual_ratio`; `released_head_keep` lets many samples vote. Arithmetic only; runs no model.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterable
 from math import floor, isfinite
 
 import torch
 from torch import Tensor
+
+from yopo.calibration.config import RuleConfig
+from yopo.calibration.sample_statistics import Statistics
+from yopo.plan.pruning_plan import PruningPlan
+
+
+def plan_by_rule(statistics: Statistics, config: RuleConfig) -> tuple[PruningPlan, float]:
+    """The plan that `config` asks for, of the model that the statistics are of, and its alpha."""
+    ratios, alpha = statistics.ratios, config.alpha
+    if alpha is None:
+        alpha = solve_alpha(ratios, 0.5 if config.keep is None else config.keep)
+    plan = PruningPlan(
+        released_head_keep(ratios, alpha),
+        window=config.window,
+        window_causal=config.window_causal,
+        layer_cut=ratios.shape[1] // 2 if config.layer_cut is None else config.layer_cut,
+        ffn_ratio=config.ffn_ratio,
+        **config.mass_fields(statistics),
+    )
+    return plan, alpha
 
 
 def visual_ratio(attentions: Iterable[Tensor], visual: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from tqdm import trange
 
 from yopo.calibration.divergence import Reference, divergence
 from yopo.engine.layer_plan import HeadGroup, LayerPlans
-from yopo.models.trial import stack_of, under
+from yopo.models.trial import decoder_of, under
 from yopo.plan.pruning_plan import PruningPlan
 
 RATE = 0.05  # of Adam
@@ -64,13 +64,13 @@ def _descend(
         weight.requires_grad_(False)
     try:
         with under(model, plan), torch.enable_grad():
-            stack = stack_of(model)
-            made = stack._yopo_layer_plans
+            decoder = decoder_of(model)
+            made = decoder._yopo_layer_plans
             for step in trange(steps, desc="constants", disable=not progress):
                 optimizer.zero_grad()
                 for i in range(BATCH):
                     reference = known[(step * BATCH + i) % len(known)]
-                    stack._yopo_layer_plans = _with(made, mass)
+                    decoder._yopo_layer_plans = _with(made, mass)
                     (_kl(model, reference) / BATCH).backward()
                 optimizer.step()
                 with torch.no_grad():

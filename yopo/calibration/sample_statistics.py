@@ -1,5 +1,5 @@
 """What a dense pass over samples tells of a model's heads, layers and FFN neurons: the numbers from
-which plans are made (rules.py, neurons.py, search.py), and their file.
+which plans are made (head_rule.py, neurons.py, search.py), and their file.
 
 Knows neither how they are measured (collect.py) nor what is made of them.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from yopo.files import write_whole
 
 FORMAT = "3"
 # float64 holds sums: adding samples one by one, with or without a break, gives the same bits.
@@ -29,7 +30,7 @@ class Statistics:
     """Of S samples through a model of L layers, H heads and I FFN neurons. Tensors on the CPU.
 
     model: the model's `fingerprint`. samples: S digests, one of each sample's inputs.
-    ratios: (S, L, H), the released ratio of a sample (rules.visual_ratio).
+    ratios: (S, L, H), the released ratio of a sample (head_rule.visual_ratio).
     visual_mass: (S, L, H), the share of the softmax on visual keys, averaged over the sample's text
         queries that have an image before them.
     text_share: (S, 2, L, H), sums over these queries q of m·w and of w, where m = 1 - that share
@@ -99,19 +100,14 @@ class Statistics:
     def save(self, path: str | Path) -> Path:
         """Writes `path` (.safetensors) in one step; returns it."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         metadata = {
             "format": FORMAT,
             "model": self.model,
             "samples": json.dumps(self.samples),
         }
         tensors = {name: getattr(self, name).contiguous() for name in (*_STACKED, "ffn_use")}
-        try:
+        with write_whole(path) as partial:
             save_file(tensors, partial, metadata=metadata)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
         return path
 
     @classmethod
@@ -146,12 +142,10 @@ def fingerprint(model: nn.Module) -> str:
     too, as float32: a model has the same one in a wider type. FFN neurons in another order change
     it; adapters do once they change what the model computes.
     """
-    from yopo.models.attach import (
-        Parts,  # not at the top: statistics can be read without transformers
-    )
+    from yopo.models.parts import Parts  # not at the top: statistics are read without transformers
 
     parts = Parts.of(model)
-    config = parts.stack.config
+    config = parts.decoder.config
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     sizes = (config.num_hidden_layers, heads, kv_heads, config.intermediate_size)

@@ -7,6 +7,7 @@ import csv
 from pathlib import Path
 
 from yopo.calibration.search import Evaluation, Found
+from yopo.files import write_whole
 
 COLUMNS = (
     "number",
@@ -29,7 +30,7 @@ def write_csv(path: Path, found: Found) -> None:
     """One line for each plan tried, in order. visual_flops: share of the dense model's; kl: nats
     for each token of the answer; pareto: on the front."""
     front = found.front()
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with write_whole(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for number, tried in enumerate(found.evaluations, 1):
@@ -55,7 +56,7 @@ def _row(tried: Evaluation) -> list[object]:
 
 
 def draw(path: Path, found: Found) -> None:
-    """Divergence against visual FLOPs: every plan tried, the front, and the plan chosen."""
+    """A PNG: divergence against visual FLOPs: every plan tried, the front, and the plan chosen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -76,4 +77,5 @@ def draw(path: Path, found: Found) -> None:
     axes.set_xlabel("visual FLOPs, % of the dense model's")
     axes.set_ylabel("KL from the dense model, nats per token")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with write_whole(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")

@@ -17,8 +17,9 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from yopo.counting.presets import Shape
+from yopo.files import read_json
 from yopo.plan.pruning_plan import PruningPlan
-from yopo.plan.value_checks import integer, json_object
+from yopo.plan.value_checks import integer
 
 Grid = tuple[int, int]
 
@@ -52,7 +53,7 @@ class Checkpoint:
 def read_checkpoint(folder: str | Path) -> Checkpoint:
     """Raises ValueError or OSError that says what is missing or wrong, and the remedy."""
     folder = Path(folder)
-    raw = read_json(folder / "config.json")
+    raw = _config_json(folder)
     nested = next((raw[key] for key in ("text_config", "llm_config") if key in raw), None)
     if nested is not None and not isinstance(nested, dict):
         raise ValueError(f"{folder}/config.json: text_config is {nested!r}; it must be an object")
@@ -76,17 +77,18 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(folder, config, _kind(raw, nested), shape, grid)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`. Raises FileNotFoundError or ValueError saying what is there."""
-    if not file.parent.is_dir():
-        there = "is a file" if file.parent.is_file() else "is not there"
+def _config_json(folder: Path) -> dict[str, Any]:
+    """Raises FileNotFoundError or ValueError saying what is there instead."""
+    if not folder.is_dir():
+        there = "is a file" if folder.is_file() else "is not there"
         raise FileNotFoundError(
-            f"{file.parent} {there}; give the folder of a checkpoint, with its config.json "
+            f"{folder} {there}; give the folder of a checkpoint, with its config.json "
             f"(from {Path.cwd()})"
         )
+    file = folder / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} is no checkpoint: it has no {file.name}")
-    return json_object(file)
+        raise FileNotFoundError(f"{folder} is no checkpoint: it has no {file.name}")
+    return read_json(file)
 
 
 def _with_defaults(text: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ and its FFN neurons in another order where they were put so. Files only; no mode
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,12 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from yopo.calibration.neurons import FILE, permute_tensors, save_order
+from yopo.checkpoint.neuron_order import FILE, permute_tensors, save_order
 from yopo.checkpoint.shards import Shard, read_json, weight_files
 from yopo.errors import BadInput
+from yopo.files import write_json, write_whole
 from yopo.plan.pruning_plan import PruningPlan
 
-_RESULTS = ("statistics.safetensors", "headmask_*.npy", "search.csv", "pareto.png")
+# What a calibration puts beside the checkpoint that it makes; another one's is not copied.
+RESULTS = ("statistics.safetensors", "headmask_*.npy", "search.csv", "pareto.png")
 
 
 def write(source: Path, target: Path, plan: PruningPlan, order: Tensor | None) -> None:
@@ -33,7 +34,8 @@ def write(source: Path, target: Path, plan: PruningPlan, order: Tensor | None) -
         if not file.is_file() or file.name == "config.json" or _left_out(file, weights, order):
             continue
         if file not in weights or order is None:
-            shutil.copy2(file, target / file.name)
+            with write_whole(target / file.name) as partial:
+                shutil.copy2(file, partial)
     if order is not None:
         changed = sum(_rewrite(file, target / file.name, order) for file in weights)
         if changed not in (n * len(order) for n in (2, 3, 5)):  # fused; not; not, with biases
@@ -45,14 +47,13 @@ def write(source: Path, target: Path, plan: PruningPlan, order: Tensor | None) -
         save_order(target / FILE, order)
     config = read_json(source / "config.json")
     plan.save_to(config)
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (target / "config.json").write_text(text, encoding="utf-8")
+    write_json(target / "config.json", config)
 
 
 def _left_out(file: Path, weights: list[Path], order: Tensor | None) -> bool:
     """What would be wrong in the new folder: results of an earlier calibration, and weights that
     are not rewritten when others are (.bin beside safetensors), with their index."""
-    if any(file.match(pattern) for pattern in _RESULTS):
+    if any(file.match(pattern) for pattern in RESULTS):
         return True
     if order is None or file in weights:
         return False
@@ -66,10 +67,11 @@ def _rewrite(source: Path, target: Path, order: Tensor) -> int:
     with Shard(source) as shard:
         tensors = {name: shard.tensor(name) for name in shard.entries()}
         tensors, changed = permute_tensors(tensors, order)
-        if source.suffix == ".safetensors":
-            with safe_open(source, framework="pt") as file:
-                save_file(tensors, target, metadata=file.metadata())
-            shutil.copymode(source, target)
-        else:
-            torch.save(tensors, target)
+        with write_whole(target) as partial:
+            if source.suffix == ".safetensors":
+                with safe_open(source, framework="pt") as file:
+                    save_file(tensors, partial, metadata=file.metadata())
+            else:
+                torch.save(tensors, partial)
+            shutil.copymode(source, partial)
     return changed

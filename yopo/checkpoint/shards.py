@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from yopo import files
 from yopo.errors import BadInput
-from yopo.plan.value_checks import json_object
 from yopo.versions import weights_only_is_safe
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -36,7 +36,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise BadInput(f"{file.parent} is cut off: it has no {file.name}")
     try:
-        return json_object(file)
+        return files.read_json(file)
     except ValueError as error:
         raise BadInput(str(error)) from error
 

@@ -11,21 +11,20 @@ import argparse
 import importlib.util
 import os
 import sys
-from dataclasses import replace
-from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from yopo.calibration.config import RULES, CalibrationConfig, config_of
+from yopo.calibration.results_folder import STATISTICS, is_ours, write
 from yopo.commands.command_line import INTERRUPTED
-from yopo.errors import BadInput
+from yopo.errors import BadInput, CannotGoOn
 
-RULES = ("released",)  # calibration.RULES, which takes seconds to import
-STATISTICS = "statistics.safetensors"
+if TYPE_CHECKING:
+    from yopo.prompts.questions import Question
+
 MOST_NAMED = 10  # of the entries passed over
 SAMPLES = 100  # for statistics: over so many the released rule votes
-JUDGING = 3  # of the questions held out every third judges the plan and chooses nothing
-SHOWN = 25  # questions that show what a plan by a rule changes, for which none are held out
-_CHOSEN = ("layer_cut", "ffn_ratio", "window")  # by hand, where there is no budget
+_BY_HAND = ("alpha", "keep", "layer_cut", "ffn_ratio", "window")  # where there is no budget
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,95 +69,104 @@ def calibrate(args: argparse.Namespace) -> int:
     """Makes args.out. Raises BadInput before any heavy work where something is wrong."""
     from safetensors import SafetensorError
 
+    partial = _partial(args)
     try:
-        return _calibrate(args)
+        config = _config(args)
+        _check_out(args)
+        _calibrate(args, config)
+        return 0
+    except CannotGoOn as error:
+        raise BadInput(f"{error}; remove {partial} to start anew") from error
     except (ValueError, TypeError, OSError, SafetensorError) as error:
         raise BadInput(str(error)) from error
     except KeyboardInterrupt:
-        begun = (_partial(args) / STATISTICS).exists()
-        goes_on = f"the same command goes on from {_partial(args)}" if begun else "nothing is kept"
+        begun = (partial / STATISTICS).exists()
+        goes_on = f"the same command goes on from {partial}" if begun else "nothing is kept"
         print(f"yopo: stopped; {goes_on}", file=sys.stderr)
         return INTERRUPTED
 
 
-def _calibrate(args: argparse.Namespace) -> int:
-    _check(args)
-    from yopo.checkpoint.shards import read_json
+def _calibrate(args: argparse.Namespace, config: CalibrationConfig) -> None:
     from yopo.commands.infer import check_model, device_of
-    from yopo.prompts.questions import Samples, read_questions
+    from yopo.prompts.loading import kind_of, load
+    from yopo.prompts.questions import Samples
 
-    llava = "mm_vision_tower" in read_json(Path(args.model) / "config.json")
-    if llava:
+    if kind_of(args.model) == "llava":
         check_model(args.model)
         if "llava" not in args.out.name.lower():
             raise BadInput(f"--out: LLaVA loads only folders with 'llava' in the name: {args.out}")
-    device, questions = device_of(args.device), []
-    if args.data is not None:
-        wanted = args.samples or SAMPLES * (2 if _holds_out(args) else 1)
-        questions, passed_over = read_questions(args.data, wanted, args.image_folder)
-        for line in passed_over[:MOST_NAMED]:
-            print(f"passed over: {line}", file=sys.stderr)
-        if len(passed_over) > MOST_NAMED:
-            print(f"passed over: {len(passed_over) - MOST_NAMED} more", file=sys.stderr)
-        print(f"{len(questions)} questions, {len(passed_over)} passed over")
+    device, questions = device_of(args.device), _questions(args, config)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from yopo.calibration.search import split
+    from yopo.calibration.calibrate import calibrate
+    from yopo.calibration.sample_split import split
+    from yopo.calibration.sample_statistics import Statistics
 
-    if llava:
-        from yopo.prompts.llava_prompts import LlavaInputs as Inputs
-    else:
-        from yopo.prompts.transformers_prompts import HfInputs as Inputs
-
-    if _holds_out(args):
-        taken, held_out = split(questions)
-        judging = held_out[JUDGING - 1 :: JUDGING]
-        choosing = [q for i, q in enumerate(held_out) if i % JUDGING != JUDGING - 1]
-        judges = f"held out, {'by which the plan was not chosen' if judging else 'which chose it'}"
-    else:
-        taken, choosing, judging = questions, [], questions[:SHOWN]
-        judges = "of those that the statistics were taken of"
-    loaded = Inputs(args.model, device)
-    parts = [Samples(some, loaded) for some in (taken, choosing, judging or choosing)]
-    _make(args, loaded.model, *parts, judges)
-    return 0
-
-
-def _holds_out(args: argparse.Namespace) -> bool:
-    """Whether a plan is chosen, or constants fitted, by the answers to questions held out."""
-    return args.budget is not None or args.fit_mass is not None
+    if config.holds_out:
+        split(questions)  # too few are refused before the model is loaded
+    known = None if args.statistics is None else Statistics.load(args.statistics)
+    loaded, partial = load(args.model, device), _partial(args)
+    calibration = calibrate(
+        loaded.model,
+        Samples(questions, loaded),
+        config,
+        statistics=known,
+        statistics_path=partial / STATISTICS if known is None else None,
+        progress=True,
+        tell=print,
+    )
+    write(calibration, Path(args.model), partial)
+    partial.rename(args.out)
+    print(f"written: {args.out}")
 
 
-def _check(args: argparse.Namespace) -> None:
+def _questions(args: argparse.Namespace, config: CalibrationConfig) -> list[Question]:
+    from yopo.prompts.questions import read_questions
+
+    if args.data is None:
+        return []
+    wanted = args.samples or SAMPLES * (2 if config.holds_out else 1)
+    questions, passed_over = read_questions(args.data, wanted, args.image_folder)
+    for line in passed_over[:MOST_NAMED]:
+        print(f"passed over: {line}", file=sys.stderr)
+    if len(passed_over) > MOST_NAMED:
+        print(f"passed over: {len(passed_over) - MOST_NAMED} more", file=sys.stderr)
+    print(f"{len(questions)} questions, {len(passed_over)} passed over")
+    return questions
+
+
+def _config(args: argparse.Namespace) -> CalibrationConfig:
+    """What is asked for. Raises BadInput or ValueError, in the words of the command's options."""
     if args.data is None and (args.statistics is None or args.budget is not None):
         raise BadInput("--data is missing: questions about images, one JSON object a line")
-    named = [name for name in ("alpha", "keep", *_CHOSEN) if getattr(args, name) is not None]
-    if args.budget is not None and named:
-        flag = named[0].replace("_", "-")
-        raise BadInput(f"--{flag} and --budget are both given: a budget chooses the whole plan")
-    if args.alpha is not None and args.keep is not None:
-        raise BadInput("--alpha and --keep are both given: each decides how many heads are kept")
-    if args.alpha is not None and not isfinite(args.alpha):
-        raise BadInput(f"--alpha is {args.alpha}; allowed: finite numbers")
-    if args.keep is not None and not 0 <= args.keep <= 1:
-        raise BadInput(f"--keep is {args.keep:g}; allowed: a share of the heads, 0 to 1")
-    if args.budget is not None and not 0 < args.budget <= 1:
-        raise BadInput(f"--budget is {args.budget:g}; allowed: above 0, to 1 (all visual FLOPs)")
+    settings = {name: getattr(args, name) for name in _BY_HAND if getattr(args, name) is not None}
+    if args.window == 0:
+        settings["window"] = None
+    if args.budget is not None:
+        settings |= {"budget": args.budget, "evaluations": args.evaluations}
+    else:
+        settings["rule"] = args.rule
+    config = config_of(
+        {
+            **settings,
+            "mass": args.mass,
+            "fit_mass": args.fit_mass,
+            "reorder_neurons": not args.first_neurons,
+            "influence": True,
+        },
+        called=lambda name: f"--{name.replace('_', '-')}",
+    )
+    if args.fit_mass is not None and args.data is None:
+        raise BadInput("--fit-mass needs --data to fit to")
+    for name in ("samples", "evaluations"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise BadInput(f"--{name} is {getattr(args, name)}; allowed: from 1")
     if args.budget is not None and importlib.util.find_spec("matplotlib") is None:
         raise BadInput("matplotlib is missing, which draws pareto.png: pip install matplotlib")
-    from yopo.plan.pruning_plan import split_masses
+    return config
 
-    try:
-        masses = split_masses(args.mass, "--mass")
-    except ValueError as error:
-        raise BadInput(str(error)) from error
-    if args.fit_mass is not None and (args.fit_mass < 1 or args.data is None):
-        raise BadInput("--fit-mass takes a number of steps from 1, and --data to fit to")
-    if args.fit_mass is not None and "calibrated" not in masses:
-        raise BadInput(f"--fit-mass fits the constants of calibrated mass; --mass is {args.mass}")
-    if args.samples is not None and args.samples < 1:
-        raise BadInput(f"--samples is {args.samples}; allowed: from 1")
-    if args.evaluations < 1:
-        raise BadInput(f"--evaluations is {args.evaluations}; allowed: from 1")
+
+def _check_out(args: argparse.Namespace) -> None:
+    """Raises BadInput where the folders named are not there, or are in the way."""
     if not Path(args.model).is_dir():
         raise BadInput(f"there is no folder {args.model!r} (from {Path.cwd()}); download it first")
     if args.out.exists():
@@ -169,9 +177,8 @@ def _check(args: argparse.Namespace) -> None:
     partial = _partial(args)
     if partial.exists() and not partial.is_dir():
         raise BadInput(f"--out: {partial} is in the way, a file: remove it, or take another name")
-    foreign = (
-        [p for p in sorted(partial.iterdir()) if not _ours(args, p)] if partial.exists() else []
-    )
+    inside = sorted(partial.iterdir()) if partial.exists() else []
+    foreign = [path for path in inside if not is_ours(Path(args.model), path)]
     if foreign:
         raise BadInput(
             f"--out: {foreign[0]} is none of this command's files, which makes {partial} anew: "
@@ -182,131 +189,3 @@ def _check(args: argparse.Namespace) -> None:
 def _partial(args: argparse.Namespace) -> Path:
     """The folder that becomes args.out."""
     return args.out.with_name(f"{args.out.name}.partial")
-
-
-def _ours(args: argparse.Namespace, path: Path) -> bool:
-    """Whether this command may have written `path`, and so may delete it."""
-    own = (f"{STATISTICS}*", "ffn_order.safetensors", "headmask_*.npy", "search.csv", "pareto.png")
-    copied = (Path(args.model) / path.name).is_file()
-    return path.is_file() and (copied or any(path.match(pattern) for pattern in own))
-
-
-def _make(
-    args: argparse.Namespace, model: Any, taken: Any, choosing: Any, judging: Any, judges: str
-) -> None:
-    """Takes statistics of the samples `taken`, makes the plan, searched or fitted by the answers to
-    `choosing`, says what it changes for `judging` (in words: `judges`), writes the folder."""
-    from yopo.calibration import neurons
-    from yopo.calibration.budget import VisualCost
-    from yopo.calibration.calibrate import plan_from
-    from yopo.calibration.collect import collect
-    from yopo.calibration.divergence import divergence, references
-    from yopo.calibration.head_rule import solve_alpha
-    from yopo.calibration.mass_fit import fit_text_mass
-    from yopo.calibration.sample_statistics import Statistics
-    from yopo.calibration.search import search
-    from yopo.models.attach import ffn_order_of
-    from yopo.models.trial import stack_of
-    from yopo.plan.pruning_plan import PruningPlan
-
-    partial = _partial(args)
-    stack = stack_of(model)
-    before = ffn_order_of(model)
-    if before is not None and not args.first_neurons:
-        raise BadInput(
-            f"the FFN neurons of {args.model} are in another order already: calibrate the "
-            "checkpoint that it was made of, or keep their order (--first-neurons)"
-        )
-    chosen = {name: getattr(args, name) for name in _CHOSEN if getattr(args, name) is not None}
-    if args.window == 0:
-        chosen["window"] = None
-    replace(PruningPlan.dense(stack.config), **chosen).validate(stack.config)  # before hard work
-    if args.statistics is not None:
-        statistics = Statistics.load(args.statistics)
-        statistics.check(model)
-    else:
-        begun = (partial / STATISTICS).exists()
-        try:
-            statistics = collect(model, taken, path=partial / STATISTICS, progress=True)
-        except ValueError as error:
-            remedy = f"; remove {partial} to start anew" if begun else ""
-            raise BadInput(f"{error}{remedy}") from error
-        if len(statistics) > len(taken):
-            print(f"statistics of {len(statistics)} samples, as many as {partial} has already")
-        print(_influence(statistics))
-    original, order = statistics, None
-    if not args.first_neurons:
-        try:
-            order, statistics = neurons.reorder(model, statistics)
-        except TypeError as error:
-            raise BadInput(f"{error}; or keep their order: --first-neurons") from error
-    known = references(model, choosing)
-    if args.budget is None:
-        keep = 0.5 if args.keep is None else args.keep
-        alpha = solve_alpha(statistics.ratios, keep) if args.alpha is None else args.alpha
-        plan = plan_from(statistics, rule=args.rule, alpha=alpha, mass=args.mass, **chosen)
-        print(f"alpha: {alpha:.4g}")
-        found = None
-    else:
-        found = search(
-            model,
-            choosing,
-            args.budget,
-            statistics,
-            mass=args.mass,
-            evaluations=args.evaluations,
-            known=known,
-            progress=True,
-        )
-        plan = found.plan
-    if args.fit_mass is not None:
-        answers = references(model, taken)
-        plan = fit_text_mass(model, plan, answers, known, args.fit_mass, progress=True)
-    print(f"plan: {plan.summary()}")
-    known = references(model, judging)
-    if known:
-        share = VisualCost(stack.config, (r.prompt for r in known)).share(plan)
-        change = divergence(model, plan, known)
-        print(
-            f"visual FLOPs: {100 * share:.1f} % of the dense model's. {len(known)} questions "
-            f"{judges}: {100 * change.same.double().mean():.1f} % answered as by the dense model, "
-            f"KL {change.kl.mean():.3g} nats per token"
-        )
-        if len(known) < 20:
-            print("note: so few questions tell little; give more (--samples)")
-    plan = replace(plan, ffn_order=before if order is None else neurons.checksum(order))
-    _write(args, partial, plan, order, original, found)
-    print(f"written: {args.out}")
-
-
-def _influence(statistics: Any) -> str:
-    """In which layers the image still matters: where a layer cut costs little."""
-    mean = statistics.influence.double().nanmean(0).tolist()
-    layers = ", ".join(f"{layer}: {value:.2g}" for layer, value in enumerate(mean))
-    return (
-        "KL (nats) of the next token's distribution from the dense model's, if the visual tokens "
-        f"leave at layer … {layers}"
-    )
-
-
-def _write(
-    args: argparse.Namespace, partial: Path, plan: Any, order: Any, statistics: Any, found: Any
-) -> None:
-    """The folder, under its name when all is in it."""
-    from yopo.calibration import search_report
-    from yopo.checkpoint import pruned_folder as checkpoint_folder
-    from yopo.plan import head_mask
-
-    if partial.is_dir():  # what a run that was stopped had written may not belong to this plan
-        for file in partial.iterdir():
-            if file.name != STATISTICS and _ours(args, file):
-                file.unlink()
-    checkpoint_folder.write(Path(args.model), partial, plan, order)
-    statistics.save(partial / STATISTICS)
-    size = head_mask.SIZES.get(tuple(plan.head_keep.shape), "{}x{}".format(*plan.head_keep.shape))
-    kept = round(float(plan.head_keep.sum()) / plan.num_layers)
-    head_mask.save(partial / f"headmask_{size}_{kept}.npy", plan.head_keep)
-    if found is not None:
-        search_report.write_csv(partial / "search.csv", found)
-        search_report.draw(partial / "pareto.png", found)
-    partial.rename(args.out)

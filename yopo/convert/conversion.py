@@ -27,7 +27,7 @@ except ImportError:  # of versions whose configs check no types
     StrictDataclassError = ValueError
 
 from yopo import __version__
-from yopo.calibration import neurons
+from yopo.checkpoint import neuron_order
 from yopo.checkpoint.shards import Entry, Shard, read_json
 from yopo.commands.command_line import INTERRUPTED
 from yopo.convert.common import Conversion, Make, local_folder
@@ -262,8 +262,8 @@ def _write_config(conversion: Conversion, folder: Path) -> None:
 
 def _keep_ffn_order(source: Path, folder: Path) -> None:
     """What says in which order the FFN neurons are (neurons.py): they keep it."""
-    if (source / neurons.FILE).is_file():
-        shutil.copyfile(source / neurons.FILE, folder / neurons.FILE)
+    if (source / neuron_order.FILE).is_file():
+        shutil.copyfile(source / neuron_order.FILE, folder / neuron_order.FILE)
     order = read_json(source / "config.json").get("yopo_ffn_order")
     if order is not None:
         file = folder / "config.json"

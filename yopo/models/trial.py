@@ -33,8 +33,8 @@ def under(model: Model, plan: PruningPlan | None) -> Iterator[Model]:
             remove(model)
 
 
-def stack_of(model: nn.Module) -> nn.Module:
-    """The decoder stack: the module with `layers`, `norm` and, of both, the config."""
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The decoder: the module with `layers`, `norm` and, of both, the config."""
     return Parts.of(model).decoder
 
 

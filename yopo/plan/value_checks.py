@@ -1,17 +1,14 @@
-"""Checks of single values and of JSON files, each an error that names the field or file, the value
-and what is allowed.
+"""Checks of single values, each an error that names the field, the value and what is allowed.
 
 Nothing here knows of plans, files or configs.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -33,17 +30,6 @@ def as_mask(name: str, values: object) -> torch.Tensor:
             raise ValueError(f"{name}[{index[0]}, {index[1]}] is {cell!r}; allowed: 0, 1")
     # An explicit device: models are built under torch.device("meta") in transformers 5.
     return torch.tensor(cells.astype(bool).tolist(), dtype=torch.bool, device="cpu")
-
-
-def json_object(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`. Raises ValueError if it holds none, OSError if it is not there."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON, perhaps cut off: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return content
 
 
 def integer(field: str, value: object, low: int, high: int | None) -> int:

@@ -1,1 +1,6 @@
-"""Questions about images, and the model inputs that a processor makes of them."""
+"""Questions about images, and models that are loaded to take them (`load`)."""
+
+from yopo.prompts.loading import load
+from yopo.prompts.prompter import Prompter
+
+__all__ = ["Prompter", "load"]

@@ -1,5 +1,5 @@
 """The original LLaVA: loading a checkpoint, and the model inputs of a question about an image, as
-LLaVA's own command line makes them. Holds no calibration."""
+LLaVA's own command line makes them. What both kinds of model do alike is prompter.py's."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from yopo.calibration.sample import ANSWER
 from yopo.errors import BadInput
+from yopo.prompts.prompter import Prompter
 from yopo.prompts.questions import Question
+from yopo.prompts.sample import ANSWER
 
 
-class LlavaInputs:
-    """A loaded LLaVA: `model`, and of a Question its sample when called."""
+class LlavaPrompter(Prompter):
+    """A LLaVA, loaded by its own builder."""
+
+    kind = "llava"
 
     def __init__(self, path: str, device: str) -> None:
         """Loads the checkpoint folder `path`. Raises BadInput where it, or LLaVA, is not there."""
@@ -55,6 +58,10 @@ class LlavaInputs:
                     f"{question.answer!r}: leave the answer out"
                 )
         return sample
+
+    def text_of(self, ids: Tensor) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
 
     def _ids(self, question: str, answer: str | None) -> Tensor:
         token = self._constants.DEFAULT_IMAGE_TOKEN

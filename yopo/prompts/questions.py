@@ -1,5 +1,5 @@
 """Questions about images, from a file: JSON lines, or LLaVA's conversations. Reads and checks
-files; knows no model. What a model makes of a question is llava_inputs.py's.
+files; knows no model. What a model makes of a question is a Prompter's (prompter.py).
 
 JSON lines, one object each: {"image": path, "question": text, "answer": text (optional)}.
 LLaVA's conversations, one JSON list: [{"image": path, "conversations": [{"from": "human", "value":

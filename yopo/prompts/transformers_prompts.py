@@ -1,5 +1,6 @@
 """Models of transformers' own families: loading a checkpoint, and the model inputs of a question
-about an image, by its own processor and chat template. Holds no calibration."""
+about an image, by its own processor and chat template. What both kinds of model do alike is
+prompter.py's."""
 
 from __future__ import annotations
 
@@ -9,22 +10,30 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 
-from yopo.calibration.sample import ANSWER
 from yopo.errors import BadInput
+from yopo.models.attach import apply
+from yopo.plan.pruning_plan import PruningPlan
+from yopo.prompts.prompter import Prompter
 from yopo.prompts.questions import Question
+from yopo.prompts.sample import ANSWER
 
 
-class HfInputs:
-    """A loaded model: `model`, and of a Question its sample when called."""
+class TransformersPrompter(Prompter):
+    """A model of one of transformers' families, loaded by its Auto classes."""
+
+    kind = "transformers"
 
     def __init__(self, path: str, device: str) -> None:
-        """Loads the checkpoint folder `path`. Raises BadInput where it cannot be."""
+        """Loads the checkpoint `path`, with its plan. Raises BadInput where it cannot be."""
         auto = getattr(transformers, "AutoModelForImageTextToText", None)
         auto = auto or transformers.AutoModelForVision2Seq  # up to 4.45
         try:
             self.model = auto.from_pretrained(path, torch_dtype="auto").to(device).eval()
+            plan = PruningPlan.from_config(self.model.config)
+            if plan is not None:  # whether or not the patch, which builds models pruned, is in
+                apply(self.model, plan)
             self._processor = transformers.AutoProcessor.from_pretrained(path)
-        except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, KeyError, ImportError, SafetensorError) as error:
             raise BadInput(f"cannot load {path}: {error}") from error
         if device == "cpu":
             self.model.float()  # half precision is slow there
@@ -50,6 +59,10 @@ class HfInputs:
         if question.answer is not None:
             sample[ANSWER] = self._answer(question.answer).to(self.model.device)
         return sample
+
+    def text_of(self, ids: Tensor) -> str:
+        text: str = self._processor.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
 
     def _answer(self, text: str) -> Tensor:
         """(1, m) ids of an answer, and the token that ends it where there is one."""

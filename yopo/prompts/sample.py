@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ANSWER = "answer_ids"
+Sample = Mapping[str, Any]
 
 
 def prompt_of(sample: Mapping[str, Any]) -> dict[str, Any]:
