@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from yopo.calibration.calibrate import calibrate
+    from yopo.calibration.calibrate import Calibration, calibrate
+    from yopo.calibration.config import RuleConfig, SearchConfig
     from yopo.models.attach import applied, apply, remove
     from yopo.models.parts import plan_of
     from yopo.plan import recipes
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Calibration",
     "PruningPlan",
+    "RuleConfig",
+    "SearchConfig",
     "__version__",
     "applied",
     "apply",
@@ -30,7 +34,10 @@ __all__ = [
 ]
 
 _HOME = {
+    "Calibration": ".calibration.calibrate",
     "PruningPlan": ".plan.pruning_plan",
+    "RuleConfig": ".calibration.config",
+    "SearchConfig": ".calibration.config",
     "applied": ".models.attach",
     "apply": ".models.attach",
     "calibrate": ".calibration.calibrate",

@@ -136,7 +136,7 @@ def test_wrapped_layers_are_checkpointed_and_right(before: bool, case: Case) -> 
     gradients = []
     for one in (plain, model):
         one(**case.kwargs()).logits.square().mean().backward()  # with a cache, as by default
-        gradients.append([p.grad for p in one.parameters()])
+        gradients.append([p.grad for p in one.parameters() if p.grad is not None])
     assert count == [1]
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
@@ -148,10 +148,8 @@ def test_a_forward_put_on_a_layer_s_part_before_the_plan_is_refused() -> None:
         module.forward = types.MethodType(lambda self, *a, **k: None, module)
         with pytest.raises(ValueError, match="replaced on the instance"):
             yopo.apply(model, a_plan())
-        assert yopo.plan_of(model) is None and type(model.model.layers[0]).__mro__[1] in (
-            nn.Module,
-            *type(build(SHAPE, None).model.layers[0]).__mro__[1:2],
-        ), "a refused plan must leave the model as it was"
+        assert yopo.plan_of(model) is None, "a refused plan must leave the model as it was"
+        assert type(model.model.layers[0]) is type(build(SHAPE, None).model.layers[0])
 
 
 def test_a_forward_put_on_a_part_later_is_called_or_refused(case: Case) -> None:
@@ -211,8 +209,7 @@ def test_an_attention_function_of_somebody_s_own_is_said_not_to_be_called(
     model = build(SHAPE, a_plan())
     logits(model, case)  # nothing to say
     monkeypatch.setitem(utils.ALL_ATTENTION_FUNCTIONS._global_mapping, "mine", mine)
-    for config in {model.config, model.model.config}:
-        config._attn_implementation = "mine"
+    model.config._attn_implementation = model.model.config._attn_implementation = "mine"
     with pytest.warns(UserWarning, match="does not call the attention function .*mine"):
         logits(model, case)
     with warnings.catch_warnings():
