@@ -151,9 +151,12 @@ def test_engine_generates_the_recorded_tokens(name: str) -> None:
 def test_embeddings_of_which_nothing_is_known_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     record, tensors = read("p6_t1")
     model = engine_model(record, plan_of(record, tensors), sprompt_len=record["S"])
-    for setting in ("", "exact"):
-        monkeypatch.setenv("YOPO_LAYOUT", setting)
-        with pytest.raises(ValueError, match="Pass visual_mask .*YOPO_LAYOUT=released"):
+    monkeypatch.delenv("YOPO_LAYOUT", raising=False)
+    with pytest.raises(ValueError, match="Pass visual_mask .*YOPO_LAYOUT=released"):
+        model(inputs_embeds=tensors["inputs_embeds"])
+    with monkeypatch.context() as patch:
+        patch.setenv("YOPO_LAYOUT", "exact")
+        with pytest.raises(ValueError, match="YOPO_LAYOUT is 'exact'; allowed: released"):
             model(inputs_embeds=tensors["inputs_embeds"])
     model = engine_model(record, plan_of(record, tensors))
     with pytest.raises(ValueError, match="Pass visual_mask .* text alone$"):

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from yopo.engine.layout import CALL, VisualLayout, call, told
+from yopo.engine.layout import VisualLayout
+from yopo.models.told import CALL, call, told
 
 
 def mask(*rows: str) -> torch.Tensor:

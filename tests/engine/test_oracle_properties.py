@@ -10,7 +10,8 @@ from layouts import Case, Shape, build, cases, make_case, needs_float16, plans, 
 from oracle import oracle_forward
 from torch import Tensor
 
-from yopo.engine.layout import VisualLayout, call
+from yopo.engine.layout import VisualLayout
+from yopo.models.told import call
 from yopo.plan.pruning_plan import PruningPlan
 
 TOLERANCE = 1e-4

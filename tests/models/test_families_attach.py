@@ -40,8 +40,8 @@ from test_families import a_plan, check, compare, later, mixed, run, same, truth
 from torch import Tensor, nn
 
 import yopo
-from yopo.engine.layout import during, told
 from yopo.models import families
+from yopo.models.told import during, told
 from yopo.plan import recipes as semantics
 from yopo.plan.pruning_plan import PruningPlan
 

@@ -211,7 +211,7 @@ class _Meter:
 
     def _start(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if not self.seconds:
-            from yopo.engine.layout import CALL
+            from yopo.models.told import CALL
 
             embeds, known = kwargs.get("inputs_embeds"), CALL.get()
             self.tokens = embeds.shape[1] if embeds is not None else self._text

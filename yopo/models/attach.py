@@ -129,8 +129,9 @@ def _restore(parts: Parts, plan: PruningPlan | None) -> None:
         decoder.set_plan(None)
     for module in parts.modules:
         put(module, stock_of(type(module)))
-    for name in ("yopo_plan", "yopo_probed", "_yopo_layer_plans", "_yopo_attention"):
-        vars(decoder).pop(name, None)
+    for name in [name for name in vars(decoder) if name in vars(PrunedDecoder)]:
+        if name != "yopo_ffn_order":  # which belongs to the weights
+            delattr(decoder, name)
 
 
 def _refuse_replaced(module: nn.Module) -> None:

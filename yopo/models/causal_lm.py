@@ -10,9 +10,11 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from yopo.engine.layout import Grid, during, told
-from yopo.models.arguments import cache_of, other_shape, past_length
+from yopo.engine.layout import Grid
+from yopo.models.arguments import cache_of, past_length
 from yopo.models.exchange import Exchanged, with_signature
+from yopo.models.shown import other_shape
+from yopo.models.told import during, told
 
 
 class PrunedCausalLM(Exchanged):

@@ -36,7 +36,8 @@ class PrunedDecoder(Exchanged):
     yopo_ffn_order: str | None = None  # which the FFN neurons are in, as the plan names it
     yopo_probed = False  # whether the layers were found to be what the engine computes
     _yopo_layer_plans: LayerPlans | None = None
-    _yopo_attention: str | None = None  # the implementation that warn_of_uncalled has seen
+    _yopo_attention: str | None = None  # the implementation that warn_of_uncalled has seen,
+    _yopo_uncalled: tuple[str, ...] = ()  # and what it found
 
     def set_plan(self, plan: PruningPlan | None) -> None:
         """Prunes by `plan` from now on; None: as stock. Raises ValueError if it does not fit."""

@@ -66,10 +66,10 @@ def put(module: nn.Module, cls: type) -> None:
     """Makes a live module one of `cls`, whatever else goes by its class or its bound methods."""
     if module.__class__ is cls:
         return
-    module.__class__ = cls
     attributes = vars(module)
     if is_the_class_s(module, attributes.get("forward")):
-        del attributes["forward"]  # it would go on running the class's before
+        del attributes["forward"]  # it would go on running that of the class before
+    module.__class__ = cls
     if "_old_forward" in attributes:  # accelerate's hooks call the bound method that they found
         module._old_forward = cls.forward.__get__(module)
     # Since 4.54 what a model can record (hidden states) is looked up by the name of the class that

@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from yopo.engine.layout import CALL, Grid, VisualLayout
+from yopo.engine.layout import Grid, VisualLayout
 from yopo.models.decoder import PrunedDecoder
 from yopo.models.known_layouts import remember
 from yopo.models.llava_arguments import adapt, chain
 from yopo.models.parts import plan_of
+from yopo.models.told import CALL
 
 _PREPARE = "prepare_inputs_labels_for_multimodal"
 _NAMES = {"input_ids", "attention_mask", "labels", "images"}  # that it is known by

@@ -19,7 +19,7 @@ def warn_of_uncalled(decoder: Any) -> None:
     """Says which functions of this decoder a pruned pass does not call, if that was not said of the
     same ones yet."""
     found = tuple(_uncalled(decoder))
-    if found and found != vars(decoder).get("_yopo_uncalled"):
+    if found and found != decoder._yopo_uncalled:
         warnings.warn(
             f"a pruned pass over an image computes attention and FFN by itself and does not call "
             f"{', '.join(found)}: what these do beside is not done there",

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yopo.engine.layout import Grid, VisualLayout, call, during, told
+from yopo.engine.layout import Grid, VisualLayout
 from yopo.engine.visual_cache import VisualCache
 from yopo.models.arguments import cache_of
 from yopo.models.exchange import Exchanged, parameters_of, with_signature
+from yopo.models.told import call, during, told
 from yopo.versions import llava_expects_images_in_ids
 
 # What may be shown → the argument of forward that brings its pixels.

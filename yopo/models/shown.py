@@ -1,0 +1,128 @@
+"""Which of a call's columns are visual tokens: what the user, a composite's forward or the
+embeddings themselves say of it, in that order. What nothing is known of is refused; nothing is
+guessed but by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from yopo.engine.layout import Grid, VisualLayout
+from yopo.engine.visual_cache import VisualCache
+from yopo.models import known_layouts
+from yopo.models.told import CALL, Call, told
+
+
+def known_of(
+    decoder: Any,
+    visual_mask: Tensor | None,
+    visual_grids: Sequence[Sequence[Grid]] | None,
+    embeds: Tensor | None,
+    cache: Any,
+    past: int,
+    shape: tuple[int, int],
+) -> Call | VisualLayout | int | None:
+    """What is known of the visual tokens of this call's (B, n) columns; None: there are none; a
+    number: the released guess, an image after so many tokens.
+
+    In this order: the masks given; what a composite's forward says of this very call; token ids,
+    which are text; what is remembered of these embeddings; one token after an image, which is text;
+    the released guess, where the user asks for it (YOPO_LAYOUT=released).
+
+    Raises ValueError for embeddings of which nothing is known.
+    """
+    batch, n = shape
+    known = CALL.get()
+    if visual_mask is not None or visual_grids is not None:
+        known = told(visual_mask, visual_grids)
+    if known is not None and known.visual_mask is not None:
+        if past == 0 and tuple(known.visual_mask.shape) != shape:
+            raise ValueError(other_shape(known.visual_mask, batch, n))
+        return known if isinstance(cache, VisualCache) or known.visual_mask.any() else None
+    if embeds is None:
+        return None
+    before = cache.layout if isinstance(cache, VisualCache) else VisualLayout.empty(batch, past)
+    if known is not None:
+        return known.layout if known.layout is None or past == 0 else known.layout.after(before)
+    if n == 1:
+        return None
+    layout = known_layouts.recall(embeds, before)
+    if layout is not None:
+        return layout if layout.visual.any() else None
+    guess = getattr(decoder.config, "sprompt_len", None)
+    if _released_is_asked_for() and guess is not None and past == 0:
+        return int(guess)
+    otherwise = (
+        f"; or set YOPO_LAYOUT=released, which takes one 24 × 24 image after {guess} tokens for "
+        "granted, as the released code does"
+    )
+    raise ValueError(
+        f"nothing is known of these inputs_embeds of {n} tokens: neither LLaVA's prepare method "
+        "nor the model's token embeddings made them, or they were changed since. Pass visual_mask "
+        "(batch, tokens), True at the visual tokens, all False for text alone"
+        + ("" if guess is None else otherwise)
+    )
+
+
+def _released_is_asked_for() -> bool:
+    chosen = os.environ.get("YOPO_LAYOUT", "")
+    if chosen not in ("", "released"):
+        raise ValueError(f"YOPO_LAYOUT is {chosen!r}; allowed: released, or leave it unset")
+    return chosen == "released"
+
+
+def layout_of(
+    known: Call | VisualLayout | int | None, cache: Any, past: int, valid: Tensor
+) -> VisualLayout:
+    """The layout of the columns of this forward; `valid` (B, n) bool is False at padding."""
+    batch, n = valid.shape
+    before = cache.layout if isinstance(cache, VisualCache) else VisualLayout.empty(batch, past)
+    if known is None:
+        layout = VisualLayout.empty(batch, n).after(before)
+    elif isinstance(known, Call):
+        layout = _from_user(known, before, past, n, batch)
+    elif isinstance(known, int):
+        layout = VisualLayout.from_released(valid, known)
+    else:
+        layout = known
+    if bool((layout.visual & ~valid).any()):
+        b, j = (layout.visual & ~valid).nonzero()[0].tolist()
+        raise ValueError(
+            f"visual_mask is True at row {b}, column {j}, where attention_mask says padding; "
+            "padding is neither text nor visual"
+        )
+    return layout
+
+
+def other_shape(mask: Tensor, batch: int, n: int) -> str:
+    """What to say of a visual_mask that does not fit the (batch, n) tokens of its call."""
+    return (
+        f"visual_mask has shape {tuple(mask.shape)}; it describes the tokens of this call, which "
+        f"are (batch, tokens) = {(batch, n)}"
+    )
+
+
+def _from_user(known: Call, before: VisualLayout, past: int, n: int, batch: int) -> VisualLayout:
+    mask, grids = known.visual_mask, known.grids
+    if mask.dim() != 2 or mask.shape[0] != batch:
+        raise ValueError(other_shape(mask, batch, n))
+    width = mask.shape[1]
+    if width == n:
+        return VisualLayout.from_mask(mask, grids, before)
+    # generate() hands the prompt's mask over again at each step.
+    seen = mask[:, :past].to("cpu", torch.bool)
+    if past == 0 or width > past + n or not torch.equal(seen, before.visual[:, :width]):
+        after = f", after {past} cached tokens with other visual tokens" if past else ""
+        raise ValueError(other_shape(mask, batch, n) + after)
+    if width <= past:
+        return VisualLayout.empty(batch, n)
+    new = torch.zeros(batch, n, dtype=torch.bool, device="cpu")
+    new[:, : width - past] = mask[:, past:]
+    later = (
+        None if grids is None else [g[len(b) :] for g, b in zip(grids, before.grids, strict=True)]
+    )
+    return VisualLayout.from_mask(new, later, before)
