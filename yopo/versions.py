@@ -3,7 +3,6 @@ for a version."""
 
 from __future__ import annotations
 
-import gc
 import inspect
 import os
 import sys
@@ -11,8 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,7 +32,6 @@ __all__ = [
     "is_compiling",
     "layer_returns_tuple",
     "llava_expects_images_in_ids",
-    "modules_named",
     "newer_than_tested",
     "nothing_captured",
     "passed_to_every_forward",
@@ -127,21 +123,6 @@ def _release() -> tuple[int, ...]:
 
 def _dotted(release: tuple[int, ...]) -> str:
     return ".".join(map(str, release))
-
-
-# -------------------------------------------------------------------------------------- modules
-
-
-def modules_named(name: str) -> list[ModuleType]:
-    """Every live module object of that name, the one that `import` finds first.
-
-    While it is being imported, transformers runs its __init__ a second time (4.5x on): who imported
-    it before that holds an older object, from which names can be taken as well.
-    """
-    current = import_module(name)
-    everything = gc.get_objects()  # type(), not isinstance(): proxies answer for another object
-    copies = [o for o in everything if issubclass(type(o), ModuleType) and o is not current]
-    return [current, *(module for module in copies if vars(module).get("__name__") == name)]
 
 
 # ---------------------------------------------------------------------- rotary position angles

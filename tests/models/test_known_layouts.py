@@ -156,6 +156,11 @@ def test_a_part_that_begins_within_an_image_is_unknown() -> None:
     assert recall(embeds[:1, 4:12].clone(), before(1)) is None
     assert recall(embeds[:1, 4:12].clone(), before(1, 4)) is None  # text is cached, not its start
     assert recall(embeds[:1, 1:12].clone(), before(1)) is not None
+    # Also after the newline between two lines of an image.
+    lines = noise(1, 8, D, seed=4)
+    remember(lines, layout_of([".vv.vv.."], [[(2, 2)]]))
+    assert recall(lines[:, 4:].clone(), before(1)) is None
+    assert recall(lines[:, 6:].clone(), before(1)) is not None
 
 
 def test_padding_cut_off_leaves_the_rest_known() -> None:

@@ -8,6 +8,9 @@ import functools
 import importlib.util
 import inspect
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any
 import pytest
 import random_llava
 import torch
+from layouts import needs_float16
 from oracle import oracle_forward
 from random_llava import IMAGE, a_plan, batch, load, pixels
 from torch import Tensor
@@ -29,6 +33,7 @@ if importlib.util.find_spec("llava") is None:
     pytest.skip("llava-torch is not installed", allow_module_level=True)
 pytestmark = pytest.mark.llava
 
+ROOT = Path(__file__).resolve().parents[2]
 PREPARE = "prepare_inputs_labels_for_multimodal"
 IDS = torch.tensor([[1, 5, IMAGE, 7, 8, 17, 40, 23]])
 OTHER = torch.tensor([[1, 9, 4, 61, IMAGE, 35, 90, 11, 12, IMAGE, 28]])
@@ -346,6 +351,29 @@ def test_two_prompts_in_one_forward(model: Any, classes: Any) -> None:
 
     model.__class__ = Contrast
     assert torch.equal(model(IDS, pixels(1), pixels(1, seed=3)), expected)
+
+
+EARLY = """
+import sys, torch
+from llava.model.builder import load_pretrained_model
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+import yopo.patch
+model = load_pretrained_model(sys.argv[1], None, "llava-v1-random", device="cpu")[1]
+print(yopo.plan_of(model).layer_cut, type(model).__name__, isinstance(model, LlavaLlamaForCausalLM))
+"""
+
+
+@needs_float16
+def test_llava_may_be_imported_before_the_patch(folder: Path) -> None:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY, str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2", "LlavaLlamaForCausalLM", "True"]
 
 
 def test_an_unknown_llava_is_an_error_that_names_it(classes: Any) -> None:

@@ -158,8 +158,8 @@ class _Prompts:
 def _piece(
     layout: VisualLayout, index: int, at: int, n: int, before: VisualLayout
 ) -> VisualLayout | None:
-    """Columns at … at+n−1 of the row `index` of `layout`, after the row `before`; None where these
-    begin inside an image of which the columns before are not what is cached."""
+    """Columns at … at+n−1 of the row `index` of `layout`, after the row `before`; None where an
+    image of theirs has begun in earlier columns, which are not what is cached."""
     row = layout.rows(_index(index))
     columns, earlier = row.columns(at, at + n), row.columns(0, at)
     begun = int(row.image[0, : at + n].max()) + 1
@@ -167,9 +167,9 @@ def _piece(
     same = before.shape == earlier.shape and torch.equal(before.image, earlier.image)
     if same and known == grids[: len(known)]:
         return replace(columns, grids=(grids,))
-    if at > 0 and row.image[0, at] >= 0 and row.image[0, at] == row.image[0, at - 1]:
-        return None
     first = int(earlier.image.max()) + 1 if at > 0 else 0
+    if bool((columns.image[columns.visual] < first).any()):
+        return None
     image = torch.where(columns.visual, columns.image - first, columns.image)
     return replace(columns, image=image, grids=(grids[first:],)).after(before)
 
