@@ -27,7 +27,6 @@ from torch import Tensor
 import yopo
 from yopo.engine.layout import VisualLayout
 from yopo.models.known_layouts import recall
-from yopo.versions import has_families
 
 if importlib.util.find_spec("llava") is None:
     pytest.skip("llava-torch is not installed", allow_module_level=True)
@@ -324,7 +323,7 @@ def test_a_subclass_is_pruned(
         random_llava.in_float32(model)
     assert isinstance(model, mine)
     assert torch.equal(model(input_ids=IDS, images=pixels(1)).logits, expected[0])
-    if has_families() or derive is not with_any_forward:  # which the old generate() cannot run
+    if "attention_mask" in inspect.signature(mine.forward).parameters:  # else no generate() of 4.x
         assert torch.equal(model.generate(IDS, images=pixels(1), **HOW), expected[1])
 
 
@@ -473,11 +472,15 @@ def test_in_every_mode(model: Any, mode: Any) -> None:
 
 
 @torch.no_grad()
-def test_assisted_generation_is_refused(model: Any) -> None:
-    with pytest.raises(
-        ValueError, match="cannot be cropped|not used by the model"
-    ):  # the latter: 4.36
-        model.generate(IDS, images=pixels(1), prompt_lookup_num_tokens=2, **HOW)
+def test_assisted_generation_is_refused(model: Any, tmp_path: Path) -> None:
+    dense = load(random_llava.make(tmp_path))[0]
+    how = dict(HOW, images=pixels(1), prompt_lookup_num_tokens=2)
+    try:
+        dense.generate(IDS, **how)
+    except (IndexError, ValueError) as error:
+        pytest.skip(f"this transformers cannot do it from embeddings: {error}")
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        model.generate(IDS, **how)
 
 
 # --------------------------------------------------------------------------- threads and copies
@@ -531,6 +534,7 @@ def test_prepared_embeddings_can_be_saved(model: Any, tmp_path: Path) -> None:
 def test_lora(folder: Path) -> None:
     """With adapters on projections and on the token embeddings."""
     peft = pytest.importorskip("peft")
+    pytest.importorskip("torch.distributed.tensor")  # which peft forgets to import
     model = load(folder)[0]
     expected = reference(model)
     wrapped = peft.get_peft_model(
