@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.models.llama import modeling_llama as stock
 
-from yopo.models.loading import prune_loaded
+from yopo.models.building import prune_loaded
 from yopo.plan.pruning_plan import PruningPlan
 
 

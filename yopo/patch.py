@@ -34,7 +34,7 @@ def enable() -> None:
         return
     require_transformers()
     # After the version check: these cannot even be imported on a foreign transformers.
-    from yopo.models.loading import prune_loaded
+    from yopo.models.building import prune_loaded
 
     stock = {name: vars(PreTrainedModel)[name] for name in _NAMES}
 

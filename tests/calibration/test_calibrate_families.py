@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from family_photos import described, one_photo
 from random_families import HERE, KINDS, Kind, build, stack_of
-from test_families_generate import described, one_photo
 from tiny_processors import VOCAB, photos, processor
 
 import yopo

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from calibration_samples import inputs, naive, sample
 from layouts import SHAPE, Shape, build, make_case
-from test_collect import inputs, naive, sample
-from test_statistics import made_up
+from made_up_statistics import made_up
 
 import yopo
 from yopo.calibration import neurons

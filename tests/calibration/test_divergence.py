@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from calibration_samples import eager, sample
 from layouts import KEEP, SHAPE, VOCAB, a_plan, build, make_case
 from oracle import oracle_forward
-from test_collect import eager, sample
 from torch import Tensor
 from torch.nn import functional as F
 

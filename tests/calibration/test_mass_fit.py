@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from calibration_samples import sample
 from layouts import KEEP, SHAPE, build
-from test_collect import sample
 
 import yopo
 from yopo.calibration import mass_fit

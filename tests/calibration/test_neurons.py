@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from calibration_samples import sample
 from layouts import SHAPE, Shape, build
-from test_collect import sample
 from torch import Tensor, nn
 
 import yopo

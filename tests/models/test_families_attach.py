@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from family_checks import a_plan, check, compare, later, mixed, run, same, truth
 from golden_files import close, one_image, read
 from random_families import (
     HEADS,
@@ -36,7 +37,6 @@ from random_families import (
     stack_of,
     visual_inputs,
 )
-from test_families import a_plan, check, compare, later, mixed, run, same, truth
 from torch import Tensor, nn
 
 import yopo

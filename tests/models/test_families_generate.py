@@ -3,25 +3,22 @@ pipeline. Weights are random: judged is that nothing is lost on the way to the p
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from family_checks import a_plan, check, run, truth
+from family_photos import QUESTIONS, described, one_photo
 from random_families import (
     HEADS,
     HERE,
-    IMAGE,
     KINDS,
     LAYERS,
-    Batch,
     Kind,
     build,
     into_stack,
-    places,
 )
-from test_families import a_plan, check, run, truth
 from tiny_processors import VOCAB, inputs, photos, processor, said
 from torch import Tensor
 
@@ -31,40 +28,12 @@ from yopo.plan.pruning_plan import PruningPlan
 pytestmark = pytest.mark.parametrize("kind", [pytest.param(KINDS[n], id=n) for n in HERE])
 
 STEPS = 5
-QUESTIONS = ("What is this?", "And which of the two is older?")
 
 
 def generate(model: Any, given: dict[str, Tensor], **how: Any) -> Tensor:
     """(B, STEPS) new tokens, greedily."""
     made = model.generate(**given, max_new_tokens=STEPS, do_sample=False, **how)
     return made[:, given["input_ids"].shape[1] :]
-
-
-def one_photo(kind: Kind) -> dict[str, Tensor]:
-    return inputs(kind, [(QUESTIONS[0], [photos()[0]])])
-
-
-def size_of(kind: Kind, given: dict[str, Tensor]) -> Any:
-    """The one picture in `given`, as random_families names sizes."""
-    for name in ("image_sizes", "image_grid_thw"):
-        if name in given:
-            return tuple(given[name][0].tolist())
-    return len(given["pixel_values"]) if kind.cls.startswith("InternVL") else None
-
-
-def described(kind: Kind, given: dict[str, Tensor]) -> Batch:
-    """The batch of one row that the processor made, with its layout counted here."""
-    ids = given["input_ids"]
-    grids, marks = places(kind, size_of(kind, given))
-    places_of = torch.full((3, *ids.shape), -1)
-    at = (ids[0] == IMAGE).nonzero().flatten()
-    assert len(at) == len(marks)
-    for column, mark in zip(at.tolist(), marks, strict=True):
-        if mark is not None:
-            places_of[:, 0, column] = torch.tensor(mark)
-    image, row, col = places_of
-    layout = SimpleNamespace(visual=image >= 0, image=image, row=row, col=col)
-    return Batch(kind, [], 0, ids, given["attention_mask"], layout, [list(grids)])
 
 
 @pytest.mark.feature("processor: chat template, photograph")
