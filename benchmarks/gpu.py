@@ -94,7 +94,7 @@ def _device(parser: argparse.ArgumentParser, name: str, small: bool) -> torch.de
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             parser.error(f"--device is {name!r}; allowed: cuda, cuda:N, cpu")
-        torch.zeros(1, device=device, dtype=DTYPE)
+        device = torch.zeros(1, device=device, dtype=DTYPE).device  # with its number
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         parser.error(f"--device {name} cannot be used here ({reason}): try --device cpu --small")

@@ -3,7 +3,6 @@ kernels a layer takes, what the device's time goes to, and how long it has nothi
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import statistics
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -29,6 +29,7 @@ SHARE = 20.0
 ARMS = (STOCK, Arm("25", "drop"), Arm("25", "exact"), Arm("25", "drop", FUSED))
 WARM = 3  # calls before the one that is watched
 SHOWN = 8  # kernels told by name
+TRACES = "traces.zip"
 
 # Of a kernel the first kind whose words are in its name; on a CPU of an operation.
 KINDS = {
@@ -55,6 +56,7 @@ def shares(scale: Scale) -> dict[str, float]:
 
 def step(session: Session) -> None:
     deadline = session.clock.deadline("why")
+    (session.journal.folder / TRACES).unlink(missing_ok=True)  # of an earlier run
     race = Race("why", "7b", session.scale.batches[0], 1, ARMS)
     track = Track(session, race)
     for arm in ARMS:
@@ -77,7 +79,7 @@ def _row(session: Session, track: Track, arm: Arm, phase: str) -> dict[str, Any]
             work = partial(track.decode, called, out)  # from the same prompt on, each time longer
         wall = [seconds(work, session.device) for _ in range(WARM)]
         slug = re.sub(r"\W+", "-", f"{arm.name} {phase}").lower()
-        done = _watched(work, session, session.journal.folder / f"trace-{slug}.json.gz")
+        done = _watched(work, session, f"{slug}.json")
     figures = summary(done, track.shape.num_hidden_layers)
     if session.on_gpu:  # the profiler slows the host down, not the kernels: idle in its absence
         idle = 1 - figures["busy_ms"] / (1e3 * statistics.median(wall))
@@ -85,8 +87,8 @@ def _row(session: Session, track: Track, arm: Arm, phase: str) -> dict[str, Any]
     return {"arm": arm.name, "phase": phase, "wall_ms": 1e3 * statistics.median(wall), **figures}
 
 
-def _watched(work: Callable[[], Any], session: Session, kept: Path) -> list[Work]:
-    """What the device did, once. The trace stays as `kept` where it is one of a GPU."""
+def _watched(work: Callable[[], Any], session: Session, name: str) -> list[Work]:
+    """What the device did, once. The trace of a GPU stays, under that name."""
     activities = [ProfilerActivity.CPU]
     if session.on_gpu:
         activities.append(ProfilerActivity.CUDA)
@@ -95,13 +97,14 @@ def _watched(work: Callable[[], Any], session: Session, kept: Path) -> list[Work
         if session.on_gpu:
             torch.cuda.synchronize(session.device)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.json"
+        file = Path(folder) / name
         watched.export_chrome_trace(str(file))
-        trace = file.read_bytes()
-    if session.on_gpu:
-        kept.write_bytes(gzip.compress(trace))
-        return device_work(json.loads(trace)["traceEvents"])
-    return host_work(json.loads(trace)["traceEvents"])
+        events = json.loads(file.read_bytes())["traceEvents"]
+        if not session.on_gpu:
+            return host_work(events)
+        with ZipFile(session.journal.folder / TRACES, "a", ZIP_DEFLATED) as kept:
+            kept.write(file, name)
+    return device_work(events)
 
 
 def device_work(events: Iterable[dict[str, Any]]) -> list[Work]:
