@@ -4,6 +4,7 @@ kernels a layer takes, what the device's time goes to, and how long it has nothi
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import tempfile
@@ -40,10 +41,11 @@ KINDS = {
     "elementwise": r"elementwise|silu|mul|add|neg|rsqrt|pow|where|sigmoid|exp|triton",
 }
 OTHER = "other"
+WHOLE = ("attention", "products")  # of an operation, with whatever is inside
 
 
 class Work(NamedTuple):
-    """One kernel, or on a CPU one operation without others inside: microseconds."""
+    """One kernel, or on a CPU one operation: microseconds."""
 
     name: str
     start: float
@@ -114,10 +116,16 @@ def device_work(events: Iterable[dict[str, Any]]) -> list[Work]:
 
 
 def host_work(events: Iterable[dict[str, Any]]) -> list[Work]:
-    """The operations of a trace of one thread that have no other inside, in order."""
+    """The operations of a trace of one thread, in order: products and attention whole, of others
+    those that have none inside."""
     works = _works(event for event in events if event.get("cat") == "cpu_op")
-    following = [*works[1:], None]
-    return [a for a, b in zip(works, following, strict=True) if b is None or b.start >= a.end]
+    done, until = [], -math.inf
+    for work, following in zip(works, [*works[1:], None], strict=True):
+        alone = following is None or following.start >= work.end
+        if work.start >= until and (alone or kind_of(work.name) in WHOLE):
+            done.append(work)
+            until = work.end
+    return done
 
 
 def _works(events: Iterable[dict[str, Any]]) -> list[Work]:

@@ -364,7 +364,21 @@ def test_a_trace_of_a_gpu_gives_the_time_it_was_busy() -> None:
     assert (figures["kernels"], figures["kernels_per_layer"]) == (3, 1)
     assert figures["busy_ms"] == pytest.approx(0.08)
     assert figures["by_kind_ms"] == {"attention": 0.05, "products": 0.05, "copies": 0.01}
-    inside = [event("cpu_op", "aten::linear", 0, 9), event("cpu_op", "aten::mm", 1, 2)]
-    assert [work.name for work in why.host_work(inside)] == ["aten::mm"]
     with pytest.raises(RuntimeError, match="no kernel"):
         why.summary([], layers=3)
+
+
+def test_a_trace_of_a_cpu_counts_no_operation_twice() -> None:
+    spans = {
+        "aten::linear": (0, 9),
+        "aten::mm": (1, 2),
+        "aten::to": (10, 9),
+        "aten::copy_": (11, 5),
+        "aten::view": (20, 1),
+    }
+    trace = [
+        {"cat": "cpu_op", "name": name, "ts": start, "dur": took}
+        for name, (start, took) in spans.items()
+    ]
+    found = [work.name for work in why.host_work(trace)]
+    assert found == ["aten::linear", "aten::copy_", "aten::view"]
