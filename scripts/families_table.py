@@ -1,6 +1,7 @@
-"""Prints the README's table of families from what tests/matrix.py recorded.
+"""Prints the table of families in docs/families.md from what tests/support/matrix.py recorded.
 
-For each version: YOPO_MATRIX=tests/feature_records python -m pytest -q tests/test_families*.py
+For each version:
+YOPO_MATRIX=tests/feature_records python -m pytest -q tests/models/test_families*.py
 Then: python scripts/families_table.py
 """
 
@@ -22,7 +23,7 @@ def main() -> None:
 
 
 def table() -> str:
-    """The table and its notes, as they stand in the README."""
+    """The table and its notes, as they stand in docs/families.md."""
     found: Records = {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RECORDS.glob("*.json")
     }

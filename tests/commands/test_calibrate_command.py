@@ -1,4 +1,4 @@
-"""`python -m yopo calibrate` on a random LLaVA, and on the embedded one as the README has it."""
+"""`python -m yopo calibrate` on a random LLaVA, and on the embedded one as the page has it."""
 
 from __future__ import annotations
 

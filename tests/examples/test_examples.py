@@ -1,4 +1,4 @@
-"""The embedded model, through the commands of the README, from the committed checkpoints."""
+"""The embedded model, through the commands of the pages, from the committed checkpoints."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_infer_takes_another_mass() -> None:
 
 @pytest.mark.skipif(find_spec("easy_vqa") is None, reason="easy-vqa is not installed")
 def test_evaluate_finds_both_checkpoints_accurate(tmp_path: Path) -> None:
-    """On the first questions only; the whole test set takes minutes (README)."""
+    """On the first questions only; the whole test set takes minutes."""
     script = str(ROOT / "examples/tiny_llava/evaluate.py")
     out = run(script, "--limit", "100", "--json", cwd=tmp_path)
     percent = json.loads(out.splitlines()[-1])
@@ -74,7 +74,7 @@ def test_the_recipe_to_begin_with_answers_as_well_as_the_dense_model(tmp_path: P
 @needs_float16
 @pytest.mark.skipif(find_spec("easy_vqa") is None, reason="easy-vqa is not installed")
 def test_a_newcomer_can_prune_the_embedded_model(tmp_path: Path) -> None:
-    """The README's "Prune your own model", with fewer questions and plans."""
+    """docs/calibrate.md's first commands, with fewer questions and plans."""
     questions = tmp_path / "questions.jsonl"
     questions.write_text(run(str(ROOT / "examples/tiny_llava/questions.py"), "--number", "40"))
     made = tmp_path / "my-llava-v1"

@@ -1,8 +1,8 @@
 """A pytest plugin: which features hold for which family on the transformers at hand.
 
-`YOPO_MATRIX=FOLDER pytest tests` writes FOLDER/<version>.json; scripts/families_table.py makes the
-README's table of these. A cell is what the tests with @pytest.mark.feature(name) and a parameter
-`kind` came to: "passed" if one passed and none failed.
+`YOPO_MATRIX=FOLDER pytest tests` writes FOLDER/<version>.json; scripts/families_table.py makes of
+these the table in docs/families.md. A cell is what the tests with @pytest.mark.feature(name) and a
+parameter `kind` came to: "passed" if one passed and none failed.
 """
 
 from __future__ import annotations
