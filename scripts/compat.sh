@@ -6,7 +6,7 @@
 #
 # PYTHON=python3.10 scripts/compat.sh --torch 2.1.2 4.37.2 is LLaVA's own environment (its torch is
 # a large CUDA build). YOPO_COMPAT_TESTS replaces the arguments given to pytest; YOPO_COMPAT_NEEDS
-# names packages to install besides: peft and scikit-learn, for all of tests/test_families*.py.
+# names packages to install besides: peft and scikit-learn, for all of tests/models/test_families*.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
@@ -26,7 +26,7 @@ for version in "$@"; do
     install_llava "$version" "${torch:-$TORCH_VERSION}"
     install_missing "${TEST_NEEDS[@]}" ${YOPO_COMPAT_NEEDS:-}
     echo "== transformers $version, torch ${torch:-$TORCH_VERSION}"
-    "$PY" -m pytest -q -p no:cacheprovider "${tests[@]}" || failed+=("$version")
+    "$PY" -m pytest -q -p no:cacheprovider "${TEST_PROCESSES[@]}" "${tests[@]}" || failed+=("$version")
 done
 if [[ ${#failed[@]} -gt 0 ]]; then
     echo "compat.sh: tests failed with transformers ${failed[*]}" >&2
