@@ -16,6 +16,7 @@ from oracle import extended, inv_freq, oracle_forward
 from safetensors.torch import load_file
 from torch import Tensor
 
+from yopo import apply
 from yopo.plan.pruning_plan import PruningPlan
 
 
@@ -154,6 +155,11 @@ def test_embeddings_of_which_nothing_is_known_are_refused(monkeypatch: pytest.Mo
     monkeypatch.delenv("YOPO_LAYOUT", raising=False)
     with pytest.raises(ValueError, match="Pass visual_mask .*YOPO_LAYOUT=released"):
         model(inputs_embeds=tensors["inputs_embeds"])
+    with pytest.raises(ValueError, match="layout is 'guess'; allowed: None, 'released'"):
+        apply(model, plan_of(record, tensors), layout="guess")
+    apply(model, plan_of(record, tensors), layout="released")
+    close(model(inputs_embeds=tensors["inputs_embeds"]).logits, tensors["logits"])
+    apply(model, plan_of(record, tensors))
     with monkeypatch.context() as patch:
         patch.setenv("YOPO_LAYOUT", "exact")
         with pytest.raises(ValueError, match="YOPO_LAYOUT is 'exact'; allowed: released"):

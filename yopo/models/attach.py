@@ -20,6 +20,7 @@ from yopo.models.exchange import put, stock_of
 from yopo.models.parts import Parts, plan_of, refuse_foreign
 from yopo.models.probe import probe
 from yopo.models.replaced import replaced_forward
+from yopo.models.shown import RELEASED
 from yopo.plan.pruning_plan import RELEASED_FIELDS, PruningPlan
 from yopo.versions import require_transformers
 
@@ -28,13 +29,14 @@ Model = TypeVar("Model", bound=nn.Module)
 _PLAN_FIELDS = ("yopo", *RELEASED_FIELDS)
 
 
-def apply(model: Model, plan: Any) -> Model:
+def apply(model: Model, plan: Any, *, layout: str | None = None) -> Model:
     """Prunes `model` in place by `plan` and returns it; its config carries the plan from now on.
 
     `model`: a LlamaForCausalLM, a LLaVA model built on one, a model of one of families/, or a
     wrapper around such (PEFT, DDP). `plan`: a PruningPlan, or what has one as `.plan`, as
     `yopo.calibrate` returns. Once more with the same plan changes nothing; with another, replaces
-    it.
+    it. `layout`: "released" takes embeddings of which nothing is known for one 24 × 24 image after
+    `config.sprompt_len` tokens, as the released code does; None refuses them.
 
     Raises ValueError if the plan does not fit the model, TypeError if the model is of no family
     that yopo knows or its layers are not of the kind that it computes (probe.py), ImportError if it
@@ -45,6 +47,8 @@ def apply(model: Model, plan: Any) -> Model:
     plan = getattr(plan, "plan", plan)
     if not isinstance(plan, PruningPlan):
         raise TypeError(f"plan is a {type(plan).__name__}; apply takes a yopo.PruningPlan")
+    if layout not in (None, RELEASED):
+        raise ValueError(f"layout is {layout!r}; allowed: None, {RELEASED!r}")
     parts = Parts.of(model)
     outer, decoder = parts.outer, parts.decoder
     plan.validate(outer.config)
@@ -56,6 +60,7 @@ def apply(model: Model, plan: Any) -> Model:
     try:
         put_plan(parts, plan)
         probe(decoder, PrunedDecoder)
+        decoder.yopo_layout = layout
     except BaseException:
         _restore(parts, before)
         raise

@@ -34,6 +34,7 @@ class PrunedDecoder(Exchanged):
 
     yopo_plan: PruningPlan | None = None
     yopo_ffn_order: str | None = None  # which the FFN neurons are in, as the plan names it
+    yopo_layout: str | None = None  # "released": what apply() was told of unknown embeddings
     yopo_probed = False  # whether the layers were found to be what the engine computes
     _yopo_layer_plans: LayerPlans | None = None
     _yopo_attention: str | None = None  # the implementation that warn_of_uncalled has seen,

@@ -14,6 +14,8 @@ from torch import Tensor
 from yopo.engine.layout import Grid, VisualLayout
 from yopo.engine.visual_cache import VisualCache
 from yopo.models import known_layouts
+
+RELEASED = "released"  # how the user asks for the released guess
 from yopo.models.told import CALL, Call, told
 
 
@@ -31,7 +33,7 @@ def known_of(
 
     In this order: the masks given; what a composite's forward says of this very call; token ids,
     which are text; what is remembered of these embeddings; one token after an image, which is text;
-    the released guess, where the user asks for it (YOPO_LAYOUT=released).
+    the released guess, where the user asks for it by name (YOPO_LAYOUT, or apply's `layout`).
 
     Raises ValueError for embeddings of which nothing is known.
     """
@@ -54,7 +56,7 @@ def known_of(
     if layout is not None:
         return layout if layout.visual.any() else None
     guess = getattr(decoder.config, "sprompt_len", None)
-    if _released_is_asked_for() and guess is not None and past == 0:
+    if _released_is_asked_for(decoder) and guess is not None and past == 0:
         return int(guess)
     otherwise = (
         f"; or set YOPO_LAYOUT=released, which takes one 24 × 24 image after {guess} tokens for "
@@ -68,11 +70,11 @@ def known_of(
     )
 
 
-def _released_is_asked_for() -> bool:
-    chosen = os.environ.get("YOPO_LAYOUT", "")
-    if chosen not in ("", "released"):
-        raise ValueError(f"YOPO_LAYOUT is {chosen!r}; allowed: released, or leave it unset")
-    return chosen == "released"
+def _released_is_asked_for(decoder: Any) -> bool:
+    chosen = os.environ.get("YOPO_LAYOUT") or decoder.yopo_layout
+    if chosen not in (None, RELEASED):
+        raise ValueError(f"YOPO_LAYOUT is {chosen!r}; allowed: {RELEASED}, or leave it unset")
+    return chosen is not None
 
 
 def layout_of(
