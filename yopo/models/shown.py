@@ -15,8 +15,9 @@ from yopo.engine.layout import Grid, VisualLayout
 from yopo.engine.visual_cache import VisualCache
 from yopo.models import known_layouts
 
-RELEASED = "released"  # how the user asks for the released guess
 from yopo.models.told import CALL, Call, told
+
+RELEASED = "released"  # how the user asks for the released guess
 
 
 def known_of(
