@@ -14,7 +14,6 @@ from torch import Tensor
 from yopo.engine.layout import Grid, VisualLayout
 from yopo.engine.visual_cache import VisualCache
 from yopo.models import known_layouts
-
 from yopo.models.told import CALL, Call, told
 
 RELEASED = "released"  # how the user asks for the released guess
