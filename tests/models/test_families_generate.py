@@ -3,6 +3,7 @@ pipeline. Weights are random: judged is that nothing is lost on the way to the p
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from torch import Tensor
 
 import yopo
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.versions import CACHE_FIELD
 
 pytestmark = pytest.mark.parametrize("kind", [pytest.param(KINDS[n], id=n) for n in HERE])
 
@@ -123,3 +125,27 @@ def test_the_pipeline_gives_the_same_text(kind: Kind) -> None:
     text = answer[0]["generated_text"]
     expected = generate(model, one_photo(kind))
     assert text == made.tokenizer.decode(expected[0], skip_special_tokens=True)
+
+
+@pytest.mark.feature("a further turn from the cache")
+def test_a_further_turn_goes_on_from_what_is_cached(kind: Kind) -> None:
+    model, given = yopo.apply(build(kind, VOCAB), a_plan()), one_photo(kind)
+    first = model.generate(**given, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    cache = getattr(first, CACHE_FIELD)
+    further = torch.cat([first.sequences, given["input_ids"][:, -3:]], 1)
+    asked = dict(input_ids=further, attention_mask=torch.ones_like(further))
+    more = dict(max_new_tokens=2, do_sample=False)
+    whole = {**{name: x for name, x in given.items() if name not in asked}, **asked}
+    whole = {name: x for name, x in whole.items() if name != "mm_token_type_ids"}
+    if "mm_token_type_ids" in given:
+        padded = torch.zeros_like(further)
+        padded[:, : given["input_ids"].shape[1]] = given["mm_token_type_ids"]
+        whole["mm_token_type_ids"] = padded
+    expected = model.generate(**whole, **more)
+    again = {**given, **asked, **more, CACHE_FIELD: copy.deepcopy(cache)}
+    found = model.generate(**asked, **more, **{CACHE_FIELD: cache})
+    assert torch.equal(found, expected)
+    try:  # with the images once more, which transformers 4 leaves out by itself
+        assert torch.equal(model.generate(**again), expected)
+    except ValueError as refusal:
+        assert "leave the images" in str(refusal)

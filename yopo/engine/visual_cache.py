@@ -278,9 +278,21 @@ class VisualCache(DynamicCache):
     def is_initialized(self) -> bool:
         return True
 
+    # Of a cache without layer objects transformers would find that *all* of them are linear, dummies
+    # and so on (all([]) is True), and then hand over the whole prompt again.
     @property
     def is_sliding(self) -> list[bool]:
         return [False] * len(self.stores)
+
+    is_linear = is_dummy = is_sliding
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    @property
+    def batch_size(self) -> int:
+        return self.valid.shape[0]
 
     def __len__(self) -> int:
         return len(self.stores)
