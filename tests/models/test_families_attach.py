@@ -44,6 +44,7 @@ from yopo.models import families
 from yopo.models.told import during, told
 from yopo.plan import recipes as semantics
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.versions import CACHE_FIELD
 
 every_kind = pytest.mark.parametrize("kind", [pytest.param(KINDS[n], id=n) for n in HERE])
 pytestmark = pytest.mark.skipif(not HERE, reason="no families on this transformers")
@@ -614,3 +615,18 @@ def test_generate_on_the_tail_uses_what_the_prompt_left() -> None:
     found = model.generate(**plain, max_new_tokens=2, do_sample=False)[0, -2:]
     assert torch.equal(found, torch.stack([token[0, 0], after[0]]))
     assert visual_inputs(kind, []) == {} and places(kind, (1, 4, 6))[0] == ((2, 3),)
+
+
+def test_images_given_again_to_a_cache_that_has_them_are_refused_with_the_remedy() -> None:
+    kind = KINDS["llava-llama"]
+    model = yopo.apply(build(kind), a_plan())
+    batch = make(kind, [[("text", 2), ("image", 0), ("text", 2)]])
+    given = batch.inputs(model)
+    past = run(model, given, use_cache=True)
+    cache = getattr(past, CACHE_FIELD)
+    new = torch.tensor([[20, 21]])
+    mask = torch.ones(1, given["input_ids"].shape[1] + 2, dtype=torch.long)
+    given = {**given, "input_ids": new, "attention_mask": mask, CACHE_FIELD: cache}
+    given.pop("position_ids", None)
+    with pytest.raises(ValueError, match="leave the images"):
+        run(model, given)

@@ -278,8 +278,8 @@ class VisualCache(DynamicCache):
     def is_initialized(self) -> bool:
         return True
 
-    # Of a cache without layer objects transformers would find that *all* of them are linear, dummies
-    # and so on (all([]) is True), and then hand over the whole prompt again.
+    # Of a cache without layer objects transformers would find that *all* of them are linear or
+    # dummies (all([]) is True), and then hand over the whole prompt again.
     @property
     def is_sliding(self) -> list[bool]:
         return [False] * len(self.stores)
