@@ -66,6 +66,7 @@ def run(script: str, folder: Path) -> str:
 
 def _python(folder: Path, *words: str) -> str:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.setdefault("OMP_NUM_THREADS", "1")  # more wait for each other on a busy machine
     environment.pop("YOPO_MASS", None)
     done = subprocess.run(
         [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True
