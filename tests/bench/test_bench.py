@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-import yopo.bench
 import yopo.bench.memory
+from yopo.bench import measure
 from yopo.bench.report import Arm, table
 from yopo.commands import command_line as cli
 from yopo.counting.presets import PRESETS, Shape, named_plan
+from yopo.engine import forward
 from yopo.modeling_llama_prune import LlamaModel, PrunedModelMixin
 from yopo.versions import attention_is_switchable
 
@@ -87,7 +88,7 @@ def test_arms_whose_scores_do_not_fit_are_left_out(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where memory is overcommitted nothing would be raised: the process would be killed."""
-    monkeypatch.setattr(yopo.bench, "square_bytes", lambda *_: 2**50)
+    monkeypatch.setattr(measure, "square_bytes", lambda *_: 2**50)
     result = run(capsys)
     assert "out of memory: needs about" in result["failed"]["masked simulation"]
     assert "stock eager" in result["failed"]
@@ -164,8 +165,8 @@ def test_stock_arms_run_stock_and_ours_runs_the_engine(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[str] = []
-    real = yopo.engine.run
-    monkeypatch.setattr(yopo.engine, "run", lambda *a, **k: ran.append("engine") or real(*a, **k))
+    real = forward.run
+    monkeypatch.setattr(forward, "run", lambda *a, **k: ran.append("engine") or real(*a, **k))
     run(capsys, "--arms", "yopo", "--rounds", "1", "--steps", "0")
     assert ran == ["engine"] * 2  # the warm-up and one round
 
@@ -176,7 +177,7 @@ def test_out_of_memory_in_one_arm_leaves_the_others(
     def full(*args: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(yopo.bench, "simulate", full)
+    monkeypatch.setattr(measure, "simulate", full)
     result = run(capsys)
     assert result["failed"]["masked simulation"] == "out of memory"
     assert result["prefill_ratio_vs_sdpa"] > 0
@@ -186,7 +187,7 @@ def test_an_error_that_is_not_memory_is_not_hidden(monkeypatch: pytest.MonkeyPat
     def broken(*args: Any) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(yopo.bench, "simulate", broken)
+    monkeypatch.setattr(measure, "simulate", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         cli.main(["bench", "--preset", "tiny", "--dtype", "float32"])
 
