@@ -19,8 +19,10 @@ import torch
 from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
 
-from yopo.bench import measure as bench
+from yopo.bench.arms import ALWAYS, arms_of
+from yopo.bench.random_model import Case, random_model
 from yopo.bench.report import machine
+from yopo.commands import run_bench
 
 SHOWN = 12  # lines for an arm
 PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm")
@@ -28,17 +30,17 @@ PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    bench.add_arguments(parser)
+    run_bench.add_arguments(parser)
     args = parser.parse_args()
-    shape, prompt, plan, run = bench._checked(args)
-    model = bench._random_model(shape, run.dtype, run.device)
-    case = bench._case(prompt, args.batch, shape, run.dtype, run.device)
+    benchmark = run_bench.benchmark_of(args)
+    setting, device, dtype = benchmark.setting, benchmark.device, benchmark.dtype
+    model = random_model(setting.shape, dtype, device)
+    case = Case.of(setting.prompt, setting.batch, setting.shape, dtype, device)
     what = f"plan {args.plan}, {args.mass or 'drop'}, batch {args.batch}"
-    print(f"{args.preset}, {shape.num_hidden_layers} layers, {what}")
-    print(machine(run.device, run.dtype))
-    for arm in bench._arms(args, model, plan, case):
-        if arm.name in ("stock SDPA", "yopo"):
-            print(f"\n**{arm.name}**\n\n{_table(arm, run.device)}")
+    print(f"{args.preset}, {setting.shape.num_hidden_layers} layers, {what}")
+    print(machine(device, dtype))
+    for arm in arms_of(ALWAYS, model, setting.plan, case):
+        print(f"\n**{arm.name}**\n\n{_table(arm, device)}")
 
 
 @torch.inference_mode()

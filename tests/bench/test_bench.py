@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import yopo.bench.memory
-from yopo.bench import measure
-from yopo.bench.report import Arm, table
+from yopo.bench import arms, measure
+from yopo.bench.arms import Arm
+from yopo.bench.random_model import Case, random_model
+from yopo.bench.report import table
 from yopo.commands import command_line as cli
+from yopo.counting.flops import Prompt
 from yopo.counting.presets import PRESETS, Shape, named_plan
-from yopo.engine import forward
-from yopo.modeling_llama_prune import LlamaModel, PrunedModelMixin
+from yopo.engine.visual_cache import VisualCache
+from yopo.models.attach import plan_of
 from yopo.versions import attention_is_switchable
 
 SIZES = ("num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -148,27 +152,22 @@ def test_without_a_plan_nothing_is_pruned(capsys: pytest.CaptureFixture[str]) ->
     assert "masked simulation" not in result["prefill_median_s"]
 
 
-def test_arm_without_a_plan_runs_the_patched_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[type] = []
-    real = PrunedModelMixin.forward
-    monkeypatch.setattr(
-        PrunedModelMixin,
-        "forward",
-        lambda self, *a, **k: ran.append(type(self)) or real(self, *a, **k),
-    )
-    words = ["--dtype", "float32", "--plan", "none", "--rounds", "1", "--steps", "0"]
-    assert cli.main(["bench", "--preset", "tiny", *words]) == 0
-    assert ran == [LlamaModel] * 2
-
-
-def test_stock_arms_run_stock_and_ours_runs_the_engine(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ran: list[str] = []
-    real = forward.run
-    monkeypatch.setattr(forward, "run", lambda *a, **k: ran.append("engine") or real(*a, **k))
-    run(capsys, "--arms", "yopo", "--rounds", "1", "--steps", "0")
-    assert ran == ["engine"] * 2  # the warm-up and one round
+@torch.inference_mode()
+def test_stock_arms_run_stock_and_ours_runs_pruned() -> None:
+    """In any order, since each round goes through all of them."""
+    device = torch.device("cpu")
+    model = random_model(TINY, torch.float32, device)
+    case = Case.of(Prompt.around((TINY.grid,), 6), 1, TINY, torch.float32, device)
+    plan = named_plan("25", TINY)
+    every = arms.arms_of(arms.ARMS, model, plan, case)
+    for arm in every + every:
+        if arm.failed:  # eager, where this transformers cannot switch to it
+            continue
+        arm.enter()
+        ours = arm.name == "yopo"
+        assert (plan_of(model) == plan) if ours else (plan_of(model) is None)
+        assert (type(model) is transformers.LlamaForCausalLM) != ours
+        assert isinstance(arm.prefill(), VisualCache) == ours
 
 
 def test_out_of_memory_in_one_arm_leaves_the_others(
@@ -177,7 +176,7 @@ def test_out_of_memory_in_one_arm_leaves_the_others(
     def full(*args: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(measure, "simulate", full)
+    monkeypatch.setattr(arms, "simulate", full)
     result = run(capsys)
     assert result["failed"]["masked simulation"] == "out of memory"
     assert result["prefill_ratio_vs_sdpa"] > 0
@@ -187,7 +186,7 @@ def test_an_error_that_is_not_memory_is_not_hidden(monkeypatch: pytest.MonkeyPat
     def broken(*args: Any) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(measure, "simulate", broken)
+    monkeypatch.setattr(arms, "simulate", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         cli.main(["bench", "--preset", "tiny", "--dtype", "float32"])
 

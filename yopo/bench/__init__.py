@@ -1,1 +1,1 @@
-"""Times ours against stock, on random weights."""
+"""Times a model: ours against stock on random weights, or any one as it answers."""

@@ -1,102 +1,25 @@
 """What a benchmark measured, against what was to be expected: ratios, roofline floor, table, files.
 
-Nothing here builds or runs a model; the two products that `Probe` times are all it computes.
+Reported are medians, and next to them the ideal ratio (counted FLOPs) and the roofline floor (FLOPs
+at the GEMM rate, or weight bytes at the bandwidth, measured in the same run, whichever is longer
+for a layer). Nothing here builds or runs a model.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import platform
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch.nn import functional as F
 
-from yopo.counting.flops import Prompt, prefill_flops
-from yopo.counting.presets import Shape
+from yopo.bench.arms import Arm
+from yopo.bench.measure import Benchmark, Measured
+from yopo.counting.flops import prefill_flops
 from yopo.plan.pruning_plan import PruningPlan
-
-
-@dataclass
-class Arm:
-    """One way to run the model. seconds of each prefill and of each decode step; bytes.
-
-    square: it forms n × n scores. visual_bytes: of the cache, those of visual tokens; None: all are
-    there. failed: why it gave nothing.
-    """
-
-    name: str
-    prefill: Callable[[], Any]
-    decode: Callable[[Any], None] | None = None
-    enter: Callable[[], None] = lambda: None
-    square: bool = False
-    prefill_s: list[float] = field(default_factory=list)
-    decode_s: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
-    cache_bytes: int = 0
-    visual_bytes: int | None = None
-    failed: str | None = None
-
-
-def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start, result
-
-
-class Probe:
-    """Measures what the machine can do, once in each round, next to the arms: a GEMM as wide as the
-    prefill's, and reading a weight, by one row times it and by summing it up (the sum, since the
-    product of half precision is slower on some CPUs than their memory)."""
-
-    def __init__(
-        self, shape: Shape, dtype: torch.dtype, device: torch.device, prompt: Prompt, batch: int
-    ) -> None:
-        self._device = device
-        rows = batch * (prompt.text + prompt.visual)
-        self._weight = torch.randn(shape.intermediate_size, shape.hidden_size).to(device, dtype)
-        self._wide = torch.randn(rows, shape.hidden_size).to(device, dtype)
-        self._times: dict[str, list[float]] = {"gemm": [], "read": []}
-
-    def run(self) -> None:
-        numbers = self._weight.flatten().view(torch.float32)  # whatever they mean
-        for name, work in (
-            ("gemm", lambda: F.linear(self._wide, self._weight)),
-            ("read", lambda: F.linear(self._wide[:1], self._weight)),
-            ("read", numbers.sum),
-        ):
-            for _ in range(3):
-                self._times[name].append(timed(work, self._device)[0])
-
-    def rates(self) -> tuple[float, float]:
-        """(FLOP/s, bytes/s), the best seen: a bound must not come from a slow moment."""
-        flops = 2 * self._wide.shape[0] * self._weight.numel()
-        gemm, read = min(self._times["gemm"]), min(self._times["read"])
-        return flops / gemm, self._weight.numel() * self._weight.element_size() / read
-
-
-def _floor(
-    shape: Shape, prompt: Prompt, plan: PruningPlan | None, batch: int, rates: tuple[float, float],
-    dtype: torch.dtype,
-) -> float:  # fmt: skip
-    """Seconds under which no prefill of these FLOPs and weights can come on this machine."""
-    rate, bandwidth = rates
-    read = shape.layer_weights * dtype.itemsize / bandwidth
-    layers = prefill_flops(shape, prompt, plan)
-    head = 2 * shape.hidden_size * shape.vocab_size
-    last = max(batch * head / rate, head / 2 * dtype.itemsize / bandwidth)
-    return last + sum(max(batch * layer.total / rate, read) for layer in layers)
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> str:
@@ -126,44 +49,36 @@ def _ratio(stock: list[float], ours: list[float]) -> float | None:
     return _median([a / b for a, b in zip(stock, ours, strict=False)])
 
 
-def result_of(
-    args: argparse.Namespace,
-    shape: Shape,
-    prompt: Prompt,
-    plan: PruningPlan | None,
-    arms: list[Arm],
-    rates: tuple[float, float],
-    dtype: torch.dtype,
-) -> dict[str, Any]:
+def result_of(benchmark: Benchmark, measured: Measured) -> dict[str, Any]:
+    """All figures, JSON-able; times by arm."""
+    setting, dtype, arms = benchmark.setting, benchmark.dtype, measured.arms
+    shape, prompt, plan = setting.shape, setting.prompt, setting.plan
     by_name = {arm.name: arm for arm in arms}
     stock, ours = by_name["stock SDPA"], by_name["yopo"]
-    dense = sum(layer.total for layer in prefill_flops(shape, prompt))
-    pruned = sum(layer.total for layer in prefill_flops(shape, prompt, plan))
     floors = {
-        arm.name: _floor(shape, prompt, pruned_by, args.batch, rates, dtype)
+        arm.name: _floor(benchmark, pruned_by, measured.rates)
         for arm, pruned_by in ((stock, None), (ours, plan))
     }
     heads = shape.num_key_value_heads * shape.head_dim
-    token = 2 * args.batch * shape.num_hidden_layers * heads * dtype.itemsize
+    token = 2 * setting.batch * shape.num_hidden_layers * heads * dtype.itemsize
     visual = token * prompt.visual if ours.visual_bytes is None else ours.visual_bytes
     return {
-        "preset": args.preset,
+        "preset": setting.name,
         "layers": shape.num_hidden_layers,
-        "plan": args.plan,
+        "plan": setting.plan_name,
         "mass": _masses(plan),
-        "batch": args.batch,
-        "images": args.images,
-        "text_tokens": args.text_tokens,
-        "device": machine(torch.device(args.device), dtype),
+        "batch": setting.batch,
+        "text_tokens": prompt.text,
+        "device": machine(benchmark.device, dtype),
         "prefill_ratio_vs_sdpa": _ratio(stock.prefill_s, ours.prefill_s),
-        "prefill_ideal_ratio": dense / pruned,
+        "prefill_ideal_ratio": _ideal(benchmark),
         "prefill_roofline_fraction": _fraction(floors, ours),
         "sdpa_roofline_fraction": _fraction(floors, stock),
         "decode_ratio_vs_sdpa": _ratio(stock.decode_s, ours.decode_s),
         "kv_visual_fraction": visual / (token * prompt.visual) if ours.cache_bytes else None,
         "prefill_floor_s": floors,
-        "gemm_tflops": rates[0] / 1e12,
-        "weight_read_gbytes": rates[1] / 1e9,
+        "gemm_tflops": measured.rates[0] / 1e12,
+        "weight_read_gbytes": measured.rates[1] / 1e9,
         "prefill_median_s": {arm.name: _median(arm.prefill_s) for arm in arms},
         "prefill_spread_s": {arm.name: _spread(arm.prefill_s) for arm in arms},
         "decode_median_s": {arm.name: _median(arm.decode_s) for arm in arms},
@@ -172,6 +87,28 @@ def result_of(
         "cache_bytes": {arm.name: arm.cache_bytes for arm in arms},
         "failed": {arm.name: arm.failed for arm in arms if arm.failed},
     }
+
+
+def _ideal(benchmark: Benchmark) -> float:
+    """How many times fewer FLOPs the plan leaves."""
+    setting = benchmark.setting
+    dense, pruned = (
+        sum(layer.total for layer in prefill_flops(setting.shape, setting.prompt, plan))
+        for plan in (None, setting.plan)
+    )
+    return dense / pruned
+
+
+def _floor(benchmark: Benchmark, plan: PruningPlan | None, rates: tuple[float, float]) -> float:
+    """Seconds under which no prefill of these FLOPs and weights can come on this machine."""
+    rate, bandwidth = rates
+    setting, itemsize = benchmark.setting, benchmark.dtype.itemsize
+    shape, batch = setting.shape, setting.batch
+    read = shape.layer_weights * itemsize / bandwidth
+    layers = prefill_flops(shape, setting.prompt, plan)
+    head = 2 * shape.hidden_size * shape.vocab_size
+    last = max(batch * head / rate, head / 2 * itemsize / bandwidth)
+    return last + sum(max(batch * layer.total / rate, read) for layer in layers)
 
 
 def _masses(plan: PruningPlan | None) -> str | None:

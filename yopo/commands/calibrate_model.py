@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from yopo.calibration.config import RULES, CalibrationConfig, config_of
 from yopo.calibration.results_folder import STATISTICS, is_ours, write
-from yopo.commands.command_line import INTERRUPTED
+from yopo.commands import INTERRUPTED
 from yopo.errors import BadInput, CannotGoOn
 
 if TYPE_CHECKING:

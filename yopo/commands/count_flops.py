@@ -11,9 +11,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from yopo.commands.setting_options import (
+    add_prompt_arguments,
+    checkpoint_setting,
+    preset_setting,
+)
 from yopo.counting.counts import counts
 from yopo.counting.presets import PRESETS
-from yopo.counting.setting import add_prompt_arguments, checkpoint_setting, preset_setting
 from yopo.errors import BadInput
 from yopo.plan.pruning_plan import MASSES
 

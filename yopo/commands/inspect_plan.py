@@ -16,8 +16,9 @@ from typing import Any
 
 from yopo.checkpoint.config_file import Checkpoint
 from yopo.commands.count_flops import savings_table
+from yopo.commands.setting_options import add_prompt_arguments, checkpoint_setting
 from yopo.counting.counts import counts
-from yopo.counting.setting import Setting, add_prompt_arguments, checkpoint_setting
+from yopo.counting.setting import Setting
 from yopo.errors import BadInput
 from yopo.plan.pruning_plan import PruningPlan
 
