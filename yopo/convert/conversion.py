@@ -1,19 +1,15 @@
-"""`python -m yopo convert SRC DST`: a checkpoint in its makers' own format becomes one that
-transformers' own classes read, its plan kept.
+"""A checkpoint in its makers' own format becomes one that transformers' own classes read, its plan
+kept: the choice of the format, the check of all names and shapes before anything is written, the
+new config.json.
 
-Holds the command, the choice of the format, and the check of all names and shapes before anything
-is written. How names and configs translate is in convert_llava.py and convert_internvl.py, how the
-weights get from file to file in convert_stream.py, tokenizers in convert_text.py.
+How names and configs translate is in from_llava.py and from_internvl.py, how the weights get from
+file to file in weight_stream.py, tokenizers in tokenizer_files.py.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
 import re
 import shutil
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,10 +25,10 @@ except ImportError:  # of versions whose configs check no types
 from yopo import __version__
 from yopo.checkpoint import neuron_order
 from yopo.checkpoint.shards import Entry, Shard, read_json
-from yopo.commands.command_line import INTERRUPTED
-from yopo.convert.common import Conversion, Make, local_folder
+from yopo.convert.common import Conversion, Make
 from yopo.convert.weight_stream import Piece, finish, stream
 from yopo.errors import BadInput
+from yopo.files import write_json
 from yopo.versions import has_families
 
 _FORMATS = ("from_llava", "from_internvl")
@@ -45,54 +41,50 @@ _CONFIG_ERRORS = (ValueError, TypeError, KeyError, ArithmeticError, StrictDatacl
 _SHOWN = 8  # names of an error message, at most
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
-    parser.add_argument("source", metavar="SRC", help="folder or Hub id of the checkpoint")
-    parser.add_argument("target", metavar="DST", help="folder to make; it must not be there yet")
-    parser.add_argument(
-        "--vision-tower",
-        metavar="FOLDER",
-        help="LLaVA's vision tower, where config.json's mm_vision_tower is not where it lies",
-    )
-    parser.add_argument(
-        "--shard-gb", type=float, default=4.0, help="largest file to write (default: %(default)g)"
-    )
-    parser.set_defaults(command=convert)
-
-
-def convert(args: argparse.Namespace) -> int:
-    """Converts args.source to args.target. Raises BadInput before anything is written where the
-    checkpoint cannot be converted; interrupted, goes on where it stopped when it is run again."""
+def check_version() -> None:
+    """Raises BadInput where transformers is too old."""
     if not has_families():  # before, tokenizers and the names of LLaVA's config were others, too
         raise BadInput(
             f"convert needs transformers 4.45 or newer and found {transformers.__version__}: pip "
             "install 'transformers>=4.45'"
         )
-    target = Path(args.target)
-    if target.exists() or target.is_symlink():
-        raise BadInput(f"DST is there already: {target}; remove it, or name another folder")
-    if not 0 < args.shard_gb < math.inf:
-        raise BadInput(f"--shard-gb is {args.shard_gb:g}; allowed: finite numbers above 0")
-    source = local_folder(args.source, "SRC")
+
+
+def prepare(source: Path, vision_tower: str | None = None) -> tuple[Conversion, list[Piece]]:
+    """How to convert the checkpoint in `source`, and the tensors to write. Nothing is written.
+    Raises BadInput where it cannot be converted."""
     try:
-        conversion = read(source, args.vision_tower)
-        pieces = check(conversion)
+        conversion = read(source, vision_tower)
+        return conversion, check(conversion)
     except _CONFIG_ERRORS as error:
         raise BadInput(
             f"transformers cannot make a model of {source / 'config.json'}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    partial = target.with_name(f"{target.name}.partial")
+
+
+def write(
+    conversion: Conversion,
+    pieces: list[Piece],
+    source: Path,
+    target: Path,
+    shard_bytes: int,
+    named: str,
+) -> None:
+    """Makes the folder `target` of the checkpoint `source`, which the user `named`; it is called
+    partial_of(target) until all is in it, and what an interrupted call left there is gone on with.
+    Raises BadInput where it cannot be written."""
+    partial = partial_of(target)
     report = {
         "yopo": __version__,
         "transformers": transformers.__version__,
-        "source": str(args.source),
+        "source": named,
         "format": conversion.kind,
         "plan": conversion.plan.summary() if conversion.plan else None,
         "notes": conversion.notes,
     }
     try:
-        report |= stream(pieces, partial, int(args.shard_gb * 1e9))
+        report |= stream(pieces, partial, shard_bytes)
         _write_config(conversion, partial)
         _keep_ffn_order(source, partial)
         conversion.write_rest(partial)
@@ -101,16 +93,11 @@ def convert(args: argparse.Namespace) -> int:
         raise BadInput(
             f"{partial} cannot be written: {error}. Run again, it goes on from there"
         ) from error
-    except KeyboardInterrupt:
-        print(f"yopo: stopped; the same command goes on from {partial}", file=sys.stderr)
-        return INTERRUPTED
-    print(
-        f"{target}: {conversion.kind} as {conversion.model_class.__name__}, {len(pieces)} tensors"
-    )
-    print(f"plan: {report['plan'] or 'none in this checkpoint'}")
-    for note in conversion.notes:
-        print(f"note: {note}")
-    return 0
+
+
+def partial_of(target: Path) -> Path:
+    """The folder that becomes `target`."""
+    return target.with_name(f"{target.name}.partial")
 
 
 def read(source: Path, vision_tower: str | None = None) -> Conversion:
@@ -256,8 +243,7 @@ def _write_config(conversion: Conversion, folder: Path) -> None:
         part["torch_dtype"] = conversion.dtype
     if conversion.plan is not None:
         conversion.plan.save_to(content)  # where save_pretrained has it after yopo.apply
-    file = folder / "config.json"
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", content)
 
 
 def _keep_ffn_order(source: Path, folder: Path) -> None:
@@ -267,8 +253,7 @@ def _keep_ffn_order(source: Path, folder: Path) -> None:
     order = read_json(source / "config.json").get("yopo_ffn_order")
     if order is not None:
         file = folder / "config.json"
-        content = read_json(file) | {"yopo_ffn_order": order}
-        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(file, read_json(file) | {"yopo_ffn_order": order})
 
 
 def _some(names: list[str]) -> str:

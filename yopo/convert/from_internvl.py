@@ -1,8 +1,8 @@
 """InternVL2's own format (InternVLChatModel with remote code) becomes transformers'
 InternVLForConditionalGeneration: names, config, the fused projections taken apart.
 
-Holds what is particular to this format; its prompts are in convert_internvl_text.py, reading,
-checking and writing are done elsewhere. None of the checkpoint's own code is run.
+Holds what is particular to this format; its prompts are in internvl_text.py, reading, checking and
+writing are done elsewhere. None of the checkpoint's own code is run.
 """
 
 from __future__ import annotations

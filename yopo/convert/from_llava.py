@@ -19,6 +19,7 @@ from yopo.checkpoint.shards import read_json, weight_files
 from yopo.convert import tokenizer_files as text
 from yopo.convert.common import Conversion, Make, Names, as_it_is, local_folder, plan_in, rope
 from yopo.errors import BadInput
+from yopo.files import write_json
 
 CONVERTS = "LLaVA-1.5 as llava-torch writes it (LlavaLlamaForCausalLM)"
 IMAGE = "<image>"
@@ -78,35 +79,7 @@ def read(source: Path, config: dict[str, Any], vision_tower: str | None) -> Conv
     old_rows = config["vocab_size"]
     # A multiple of 64, as llava-hf's own have: GPUs multiply by such matrices faster.
     rows = old_rows if image_id < old_rows else -(-(image_id + 1) // 64) * 64
-    vision = _vision_config(tower)
-    cells = (vision.image_size // vision.patch_size) ** 2
-    class_token = config.get("mm_vision_select_feature", "patch") == "cls_patch"
-    new = LlavaConfig(
-        vision_config=vision,
-        text_config=LlamaConfig(
-            vocab_size=rows,
-            tie_word_embeddings=False,
-            **{key: config[key] for key in _TEXT_FIELDS if config.get(key) is not None},
-            **rope(config),
-        ),
-        image_token_index=image_id,
-        image_seq_length=cells + class_token,
-        projector_hidden_act="gelu",
-        vision_feature_select_strategy="full" if class_token else "default",
-        vision_feature_layer=config.get("mm_vision_select_layer", -2),
-        tie_word_embeddings=False,
-    )
-    preprocessor = _preprocessor(tower, config)
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    generation = {key: config[key] for key in ids if config.get(key) is not None}
-    if "pad_token_id" not in generation:
-        pad = text.special_tokens(source).get("pad_token")
-        if pad is None:
-            raise BadInput(
-                f"{source} names no padding token: neither pad_token_id in config.json, nor a pad, "
-                "unk or eos token in tokenizer_config.json or special_tokens_map.json. Add one"
-            )
-        generation["pad_token_id"] = tokenizer.token_to_id(pad)
+    new = _config(config, tower, image_id, rows)
     trained_tower = bool(config.get("unfreeze_mm_vision_tower"))
     weights = [(weight_files(source), _names(old_rows, rows, trained_tower))]
     notes = []
@@ -119,21 +92,17 @@ def read(source: Path, config: dict[str, Any], vision_tower: str | None) -> Conv
             f"{IMAGE} is token {image_id}; the {rows - old_rows} rows added to embeddings and "
             "lm_head are the mean of the others, so that greedy decoding never picks one"
         )
+    files = {
+        "preprocessor_config.json": _preprocessor(tower, config),
+        "processor_config.json": _processor(new),
+        "generation_config.json": _generation(source, config, tokenizer),
+    }
 
     def write_rest(folder: Path) -> None:
-        text.write(
-            folder, tokenizer, source, _TEMPLATE, {"extra_special_tokens": {"image_token": IMAGE}}
-        )
-        text.write_json(folder / "preprocessor_config.json", preprocessor)
-        processor = {
-            "processor_class": "LlavaProcessor",
-            "image_token": IMAGE,
-            "patch_size": vision.patch_size,
-            "vision_feature_select_strategy": new.vision_feature_select_strategy,
-            "num_additional_image_tokens": 1,
-        }
-        text.write_json(folder / "processor_config.json", processor)
-        text.write_json(folder / "generation_config.json", generation)
+        extra = {"extra_special_tokens": {"image_token": IMAGE}}
+        text.write(folder, tokenizer, source, _TEMPLATE, extra)
+        for name, content in files.items():
+            write_json(folder / name, content)
 
     return Conversion(
         kind=CONVERTS,
@@ -184,6 +153,28 @@ def _tower(source: Path, config: dict[str, Any], given: str | None) -> Path:
     return tower
 
 
+def _config(config: dict[str, Any], tower: Path, image_id: int, rows: int) -> LlavaConfig:
+    """rows: of the embedding."""
+    vision = _vision_config(tower)
+    cells = (vision.image_size // vision.patch_size) ** 2
+    class_token = config.get("mm_vision_select_feature", "patch") == "cls_patch"
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(
+            vocab_size=rows,
+            tie_word_embeddings=False,
+            **{key: config[key] for key in _TEXT_FIELDS if config.get(key) is not None},
+            **rope(config),
+        ),
+        image_token_index=image_id,
+        image_seq_length=cells + class_token,
+        projector_hidden_act="gelu",
+        vision_feature_select_strategy="full" if class_token else "default",
+        vision_feature_layer=config.get("mm_vision_select_layer", -2),
+        tie_word_embeddings=False,
+    )
+
+
 def _vision_config(tower: Path) -> CLIPVisionConfig:
     content = read_json(tower / "config.json")
     content = content.get("vision_config") or content
@@ -223,6 +214,30 @@ def _preprocessor(tower: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------- weights
+
+
+def _processor(new: LlavaConfig) -> dict[str, Any]:
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE,
+        "patch_size": new.vision_config.patch_size,
+        "vision_feature_select_strategy": new.vision_feature_select_strategy,
+        "num_additional_image_tokens": 1,
+    }
+
+
+def _generation(source: Path, config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    generation = {key: config[key] for key in ids if config.get(key) is not None}
+    if "pad_token_id" not in generation:
+        pad = text.special_tokens(source).get("pad_token")
+        if pad is None:
+            raise BadInput(
+                f"{source} names no padding token: neither pad_token_id in config.json, nor a pad, "
+                "unk or eos token in tokenizer_config.json or special_tokens_map.json. Add one"
+            )
+        generation["pad_token_id"] = tokenizer.token_to_id(pad)
+    return generation
 
 
 def _names(rows: int, new_rows: int, tower: bool) -> Names:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from yopo.convert import tokenizer_files as text
 from yopo.errors import BadInput
+from yopo.files import write_json
 
 _TOKENS = {
     "start_image_token": "<img>",
@@ -101,16 +102,16 @@ def write(
     }
     video = {"video_processor_type": "InternVLVideoProcessor", "do_sample_frames": False}
     processor = {"processor_class": "InternVLProcessor", "image_seq_length": tokens}
-    text.write_json(folder / "preprocessor_config.json", image | steps)
-    text.write_json(folder / "video_preprocessor_config.json", video | steps)
-    text.write_json(folder / "processor_config.json", processor)
+    write_json(folder / "preprocessor_config.json", image | steps)
+    write_json(folder / "video_preprocessor_config.json", video | steps)
+    write_json(folder / "processor_config.json", processor)
     language = config["llm_config"]
     generation = {"eos_token_id": chat.stop_id, "pad_token_id": language.get("pad_token_id")}
     if generation["pad_token_id"] is None:
         generation["pad_token_id"] = chat.stop_id
     if language.get("bos_token_id") is not None:
         generation["bos_token_id"] = language["bos_token_id"]
-    text.write_json(folder / "generation_config.json", generation)
+    write_json(folder / "generation_config.json", generation)
 
 
 def _template(before: str, after: str, end: str, system: str) -> str:

@@ -1,12 +1,11 @@
 """Tokenizers and what else a converted checkpoint needs around its weights: tokenizer.json and the
 JSON files beside it, written in a form that every transformers from 4.45 on reads.
 
-What the tokens of a format mean, and its prompts, are in convert_llava.py and convert_internvl.py.
+What the tokens of a format mean, and its prompts, are in from_llava.py and from_internvl.py.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 
 from yopo.checkpoint.shards import read_json
 from yopo.errors import BadInput
+from yopo.files import write_json
 
 
 def load(folder: Path, names: tuple[str, ...]) -> Tokenizer:
@@ -98,11 +98,6 @@ def special_tokens(source: Path) -> dict[str, str]:
         spare = found.get("unk_token") or found.get("eos_token")
         found |= {"pad_token": spare} if spare else {}
     return found
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    file.write_text(text + "\n", encoding="utf-8")
 
 
 def _has_config(source: Path) -> bool:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from yopo.checkpoint.shards import Shard
 from yopo.errors import BadInput
+from yopo.files import read_json, write_json
 
 Make = Callable[[Tensor], Tensor]
 
@@ -74,7 +75,7 @@ def stream(pieces: list[Piece], partial: Path, limit: int) -> dict[str, Any]:
             last = number == len(shards) or shards[number][0].file != shard[0].file
             if last and source not in done["sources"]:
                 done["sources"][source] = _checksum(shard[0].file)
-            _write_json(partial / _PROGRESS, done)
+            write_json(partial / _PROGRESS, done)
     if len(shards) > 1:
         weight_map = {
             piece.name: _shard_name(number, len(shards))
@@ -82,7 +83,7 @@ def stream(pieces: list[Piece], partial: Path, limit: int) -> dict[str, Any]:
             for piece in shard
         }
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(partial / "model.safetensors.index.json", index)
+        write_json(partial / "model.safetensors.index.json", index)
     return {"sources": done["sources"], "tensors": done["tensors"]}
 
 
@@ -92,7 +93,7 @@ def finish(partial: Path, target: Path, report: dict[str, Any]) -> None:
     ours = (_PROGRESS, REPORT)
     files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name not in ours)
     sums = {str(file.relative_to(partial)): _checksum(file) for file in files}
-    _write_json(partial / REPORT, {**report, "files": sums})
+    write_json(partial / REPORT, {**report, "files": sums})
     try:
         partial.rename(target)
     except OSError as error:
@@ -156,10 +157,10 @@ def _resume(partial: Path, job: str) -> dict[str, Any]:
     if not file.is_file():
         if any(partial.iterdir()):
             raise BadInput(f"{partial} holds something else than a conversion; remove it")
-        _write_json(file, fresh)
+        write_json(file, fresh)
         return fresh
     try:
-        done = json.loads(file.read_text(encoding="utf-8"))
+        done = read_json(file)
     except ValueError as error:
         raise BadInput(f"{file} is corrupt: remove {partial} to begin anew") from error
     if done.get("job") != job:
@@ -201,10 +202,3 @@ def _checksum(file: Path) -> dict[str, Any]:
         while block := stream.read(1 << 22):
             digest.update(block)
     return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _write_json(file: Path, content: Any) -> None:
-    """All or nothing, too: the progress is read again after an interruption."""
-    draft = file.with_name(f"{file.name}.writing")
-    draft.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(draft, file)
