@@ -11,6 +11,7 @@ import pytest
 import random_internvl as internvl
 import torch
 import transformers
+from conversions import convert
 from torch import Tensor
 
 from yopo.commands.command_line import main
@@ -19,11 +20,6 @@ if not hasattr(transformers, "InternVLForConditionalGeneration"):
     pytest.skip("this transformers has no InternVL", allow_module_level=True)
 
 ARCHITECTURES = list(internvl.TEMPLATES)
-
-
-def convert(source: Path, target: Path, *options: str) -> Path:
-    assert main(["convert", str(source), str(target), *options]) == 0
-    return target
 
 
 def loaded(folder: Path) -> Any:

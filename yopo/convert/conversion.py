@@ -247,7 +247,7 @@ def _write_config(conversion: Conversion, folder: Path) -> None:
 
 
 def _keep_ffn_order(source: Path, folder: Path) -> None:
-    """What says in which order the FFN neurons are (neurons.py): they keep it."""
+    """What says in which order the FFN neurons are (neuron_order.py): they keep it."""
     if (source / neuron_order.FILE).is_file():
         shutil.copyfile(source / neuron_order.FILE, folder / neuron_order.FILE)
     order = read_json(source / "config.json").get("yopo_ffn_order")
