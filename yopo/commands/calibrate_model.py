@@ -87,7 +87,7 @@ def calibrate(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace, config: CalibrationConfig) -> None:
-    from yopo.commands.infer import check_model, device_of
+    from yopo.commands.input_checks import check_model, device_of
     from yopo.prompts.loading import kind_of, load
     from yopo.prompts.questions import Samples
 

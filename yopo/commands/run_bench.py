@@ -16,6 +16,7 @@ from tqdm import tqdm
 from yopo.bench.arms import ARMS
 from yopo.bench.measure import Benchmark, check_memory, measure
 from yopo.bench.report import machine, result_of, save, table
+from yopo.commands.input_checks import check_masses
 from yopo.commands.setting_options import add_prompt_arguments, preset_setting, refuse_less
 from yopo.counting.presets import PRESETS
 from yopo.counting.setting import Setting
@@ -85,12 +86,14 @@ def benchmark_of(args: argparse.Namespace) -> Benchmark:
 def _setting(args: argparse.Namespace) -> Setting:
     """The preset with the plan. With --plan none, --mass is checked and has no say: tables run the
     dense model beside the others."""
-    plan = "25" if args.plan == "none" else args.plan
-    setting = preset_setting(args, args.preset, args.layers, plan, args.mass)
-    if args.plan == "none":
-        return replace(setting, plan=None, plan_name="none")
-    # Random weights are in any order.
-    return replace(setting, plan=replace(setting.plan, ffn_order=None))
+    mass = args.mass
+    if args.plan == "none" and mass is not None:
+        check_masses(mass)
+        mass = None
+    setting = preset_setting(args, args.preset, args.layers, args.plan, mass)
+    if setting.plan is None:
+        return setting
+    return replace(setting, plan=replace(setting.plan, ffn_order=None))  # random weights: any order
 
 
 def _check_output(out: Path | None) -> None:

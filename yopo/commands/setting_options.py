@@ -8,9 +8,11 @@ import argparse
 import re
 from dataclasses import replace
 
+import torch
+
 from yopo.checkpoint.config_file import Checkpoint, Grid, read_checkpoint
 from yopo.counting.flops import Prompt
-from yopo.counting.presets import PRESETS, Shape, named_plan, with_masses
+from yopo.counting.presets import PRESETS, Shape, named_plan
 from yopo.counting.setting import ITEMSIZE, Setting
 from yopo.errors import BadInput
 from yopo.plan.pruning_plan import PruningPlan
@@ -85,13 +87,14 @@ def _plan(name: str, shape: Shape, whole: int | None = None) -> PruningPlan | No
 
 
 def _with_masses(plan: PruningPlan | None, mass: str | None) -> PruningPlan | None:
-    """`plan` with the masses HEAD[/CUT], with its own where none are given."""
+    """`plan` with the masses HEAD[/CUT], with its own where none are given. Constants of calibrated
+    mass that it lacks are 1, which costs the same as any others."""
     if mass is None:
         return plan
     if plan is None:
         raise BadInput(f"--mass is {mass!r}, but there is no plan: leave it out, or name a --plan")
     try:
-        return with_masses(plan, mass)
+        return plan.with_mass(mass, text_mass=torch.ones(plan.head_keep.shape), name="--mass")
     except ValueError as error:
         raise BadInput(str(error)) from error
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from yopo.plan import recipes
 from yopo.plan.pruning_plan import PruningPlan
 
@@ -80,9 +78,3 @@ def named_plan(
     plan = recipes.named_plan(name, *sizes, mass=mass, whole=whole, setting="--plan")
     plan.ffn_neurons(shape.intermediate_size)
     return plan
-
-
-def with_masses(plan: PruningPlan, setting: str) -> PruningPlan:
-    """`plan` with the masses HEAD[/CUT], to be counted or timed: constants of `calibrated` that it
-    lacks are 1, which costs the same as any others. Raises ValueError for other words."""
-    return plan.with_mass(setting, text_mass=torch.ones(plan.head_keep.shape), name="--mass")

@@ -1,0 +1,110 @@
+"""Checks of what the user gave that commands have in common, before any heavy work: a checkpoint
+folder, an image, a device, masses. Nothing is loaded here; a checkpoint's config is read.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+from yopo.errors import BadInput
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PATIENCE = 60  # seconds for a server to answer
+
+
+def check_model(path: str) -> None:
+    """Raises BadInput where a checkpoint folder is missing, cut off, or LLaVA's without being one
+    that LLaVA can load."""
+    folder = Path(path)
+    if not folder.is_dir():
+        if _HUB_ID.fullmatch(path) and not Path(path).parent.exists():
+            return  # from_pretrained downloads it
+        raise BadInput(f"--model-path: there is no folder {path!r} (from {Path.cwd()})")
+    from yopo.checkpoint.shards import read_json, weight_files
+
+    config = read_json(folder / "config.json")
+    if "mm_vision_tower" in config:
+        _check_llava(folder, config)
+    for file in weight_files(folder):
+        _check_weights(file)
+
+
+def _check_llava(folder: Path, config: dict[str, Any]) -> None:
+    # LLaVA's loader chooses by the name; get_model_name_from_path knows Trainer's subfolders.
+    name = folder.name if not folder.name.startswith("checkpoint-") else folder.parent.name
+    if "llava" not in name.lower():
+        raise BadInput(
+            f"--model-path: LLaVA loads only folders with 'llava' in their name: {folder}"
+        )
+    if not any((folder / file).is_file() for file in ("tokenizer.model", "tokenizer.json")):
+        raise BadInput(f"{folder} is cut off: it has neither tokenizer.model nor tokenizer.json")
+    tower = str(config["mm_vision_tower"])
+    hub_tower = tower.startswith(("openai", "laion")) or "ShareGPT4V" in tower  # LLaVA's rule
+    if not (hub_tower or Path(tower).exists()):
+        raise BadInput(
+            f"the vision tower {tower!r} that {folder}/config.json names in mm_vision_tower is not "
+            f"there (from {Path.cwd()}): run from the folder that it is relative to"
+        )
+
+
+def _check_weights(file: Path) -> None:
+    """Without reading the tensors."""
+    if file.suffix == ".safetensors":
+        from yopo.checkpoint.shards import Shard
+
+        with Shard(file):
+            return
+    with file.open("rb") as stream:
+        start = stream.read(2)
+    if not start or (start == b"PK" and not zipfile.is_zipfile(file)):
+        raise BadInput(f"{file} is cut off: download it again")
+
+
+def local_image(given: str, folder: Path) -> Path:
+    """The file of an image, which PIL can read: the path `given`, or what is at the address
+    `given`, copied into `folder`. Raises BadInput where there is none."""
+    path = Path(given)
+    if given.startswith(("http://", "https://")):
+        path = folder / "image"
+        try:
+            with urlopen(given, timeout=_PATIENCE) as stream:
+                path.write_bytes(stream.read())
+        except (OSError, ValueError, HTTPException) as error:
+            raise BadInput(f"--image-file: {given} cannot be fetched: {error}") from error
+    if not path.is_file():
+        raise BadInput(f"--image-file: there is no file {given!r} (from {Path.cwd()})")
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise BadInput("Pillow is missing, which reads images: pip install pillow") from error
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadInput(f"--image-file: {given!r} is not an image PIL can read: {error}") from error
+    return path
+
+
+def device_of(wanted: str) -> str:
+    """ "cpu" or "cuda", of "auto" and these."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise BadInput("--device cuda: torch sees no GPU here; use --device cpu")
+    return "cuda" if wanted == "cuda" or (wanted == "auto" and there) else "cpu"
+
+
+def check_masses(setting: str) -> None:
+    """Raises BadInput unless --mass is HEAD[/CUT]."""
+    from yopo.plan.pruning_plan import split_masses
+
+    try:
+        split_masses(setting, "--mass")
+    except ValueError as error:
+        raise BadInput(str(error)) from error
