@@ -17,6 +17,18 @@ from yopo.prompts.prompter import Prompter
 from yopo.prompts.questions import Question
 from yopo.prompts.sample import ANSWER
 
+# What transformers says to files that it cannot read and to models that it, or yopo, knows not.
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+)
+_SHOWN = 3  # names of tensors in a message
+
 
 class TransformersPrompter(Prompter):
     """A model of one of transformers' families, loaded by its Auto classes."""
@@ -25,15 +37,26 @@ class TransformersPrompter(Prompter):
 
     def __init__(self, path: str, device: str) -> None:
         """Loads the checkpoint `path`, with its plan. Raises BadInput where it cannot be."""
+        self._path = path
         auto = getattr(transformers, "AutoModelForImageTextToText", None)
         auto = auto or transformers.AutoModelForVision2Seq  # up to 4.45
         try:
-            self.model = auto.from_pretrained(path, torch_dtype="auto").to(device).eval()
+            config = transformers.AutoConfig.from_pretrained(path)
+            if type(config) not in auto._model_mapping:
+                raise BadInput(
+                    f"{path} is a {config.model_type}, which takes no images, as far as "
+                    f"transformers {transformers.__version__} knows"
+                )
+            loaded, told = auto.from_pretrained(
+                path, torch_dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            _check_weights(path, told)
+            self.model = loaded.to(device).eval()
             plan = PruningPlan.from_config(self.model.config)
             if plan is not None:  # whether or not the patch, which builds models pruned, is in
                 apply(self.model, plan)
             self._processor = transformers.AutoProcessor.from_pretrained(path)
-        except (OSError, ValueError, TypeError, KeyError, ImportError, SafetensorError) as error:
+        except _LOADING_ERRORS as error:
             raise BadInput(f"cannot load {path}: {error}") from error
         if device == "cpu":
             self.model.float()  # half precision is slow there
@@ -45,9 +68,7 @@ class TransformersPrompter(Prompter):
 
         image = Image.open(question.image).convert("RGB")
         content = [{"type": "image"}, {"type": "text", "text": question.question}]
-        prompt = self._processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        prompt = self._prompt([{"role": "user", "content": content}])
         made = self._processor(images=[image], text=[prompt], return_tensors="pt")
         sample: dict[str, Any] = {
             name: value.to(self.model.device, self.model.dtype)
@@ -64,8 +85,34 @@ class TransformersPrompter(Prompter):
         text: str = self._processor.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
+    def _prompt(self, conversation: list[dict[str, Any]]) -> str:
+        try:
+            prompt: str = self._processor.apply_chat_template(
+                conversation, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program of the checkpoint's: it fails anyhow
+            raise BadInput(
+                f"the chat template of {self._path} takes no question about an image: {error}"
+            ) from error
+        return prompt
+
     def _answer(self, text: str) -> Tensor:
         """(1, m) ids of an answer, and the token that ends it where there is one."""
         tokenizer = self._processor.tokenizer
         end = tokenizer.eos_token or ""
         return tokenizer(text + end, add_special_tokens=False, return_tensors="pt").input_ids
+
+
+def _check_weights(path: str, told: dict[str, Any]) -> None:
+    """Raises BadInput where the files are not the weights that the config describes: transformers
+    would go on with random numbers in their place. told: its output_loading_info."""
+    odd = [
+        f"{name} (of shape {tuple(found)}, not {tuple(wanted)})"
+        for name, found, wanted in told["mismatched_keys"]
+    ]
+    if names := [*sorted(told["missing_keys"]), *sorted(odd)]:
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        raise BadInput(
+            f"{path} lacks weights that its config.json describes: {', '.join(names[:_SHOWN])}"
+            f"{more}. One of them is of another checkpoint, or cut off: download it again"
+        )
