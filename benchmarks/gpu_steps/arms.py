@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import yopo
-from yopo.counting.presets import Shape, named_plan
+from yopo.counting.presets import Shape
+from yopo.plan import recipes
 
 LIVE, FUSED, GRAPHED, COMPILED = "live", "fused", "graphed", "compiled"
 NEEDED = {FUSED: "fuse", GRAPHED: "graphed"}  # of yopo, for a way
@@ -21,7 +22,7 @@ NEEDED = {FUSED: "fuse", GRAPHED: "graphed"}  # of yopo, for a way
 class Arm:
     """One way to run a model.
 
-    plan: a name of presets.named_plan; None: stock. mass: HEAD[/CUT]. way: how the same mathematics
+    plan: a name of recipes.named_plan; None: stock. mass: HEAD[/CUT]. way: how the same mathematics
     is run, one of the words above; stock knows LIVE and COMPILED.
     """
 
@@ -48,16 +49,10 @@ class Arm:
         """Raises ValueError where the plan does not take the mass."""
         if self.plan is None:
             return None
-        return with_mass(named_plan(self.plan, shape), self.mass)
-
-
-def with_mass(plan: yopo.PruningPlan, mass: str) -> yopo.PruningPlan:
-    """`plan` with the masses HEAD[/CUT]. Raises ValueError for one that this yopo does not know."""
-    head, _, cut = mass.partition("/")
-    masses = {"head_mass": head, "cut_mass": cut or head}
-    if "calibrated" in masses.values():  # its constants cost the same whatever they are
-        masses["text_mass"] = torch.ones(plan.head_keep.shape)
-    return replace(plan, **masses)
+        sizes = (shape.num_hidden_layers, shape.num_attention_heads)
+        plan = recipes.named_plan(self.plan, *sizes)
+        ones = torch.ones(sizes)  # calibrated constants cost the same whatever they are
+        return plan.with_mass(self.mass, text_mass=ones)
 
 
 PLANS = ("25", "12")

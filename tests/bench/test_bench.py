@@ -18,9 +18,10 @@ from yopo.bench.random_model import Case, random_model
 from yopo.bench.report import table
 from yopo.commands import command_line as cli
 from yopo.counting.flops import Prompt
-from yopo.counting.presets import PRESETS, Shape, named_plan
+from yopo.counting.presets import PRESETS, Shape
 from yopo.engine.visual_cache import VisualCache
 from yopo.models.attach import plan_of
+from yopo.plan import recipes
 from yopo.versions import attention_is_switchable
 
 SIZES = ("num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -80,7 +81,7 @@ def test_of_shared_key_heads_the_visual_share_is_what_the_cache_holds(
 def test_a_plan_for_all_layers_is_thinned_out_for_some(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    named_plan("25", TINY, "exact", "drop").save_to(
+    recipes.paper_25(4, 4).with_mass("exact/drop").save_to(
         config := dict.fromkeys(SIZES, 4) | {"intermediate_size": 96}
     )
     (tmp_path / "plan.json").write_text(json.dumps(config["yopo"]))
@@ -138,7 +139,7 @@ def test_which_errors_are_of_memory(message: str, expected: bool) -> None:
 def test_masses_of_a_plan_from_a_file_hold_unless_told_otherwise(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], mass: str
 ) -> None:
-    named_plan("25", TINY, "exact", "drop").save_to(
+    recipes.paper_25(4, 4).with_mass("exact/drop").save_to(
         config := dict.fromkeys(SIZES, 4) | {"intermediate_size": 96}
     )
     (tmp_path / "plan.json").write_text(json.dumps(config))
@@ -158,7 +159,7 @@ def test_stock_arms_run_stock_and_ours_runs_pruned() -> None:
     device = torch.device("cpu")
     model = random_model(TINY, torch.float32, device)
     case = Case.of(Prompt.around((TINY.grid,), 6), 1, TINY, torch.float32, device)
-    plan = named_plan("25", TINY)
+    plan = recipes.paper_25(4, 4)
     every = arms.arms_of(arms.ARMS, model, plan, case)
     for arm in every + every:
         if arm.failed:  # eager, where this transformers cannot switch to it

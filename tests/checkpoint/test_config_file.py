@@ -11,7 +11,8 @@ import pytest
 import transformers
 
 from yopo.checkpoint.config_file import read_checkpoint
-from yopo.counting.presets import PRESETS, named_plan
+from yopo.counting.presets import PRESETS
+from yopo.plan import recipes
 from yopo.plan.pruning_plan import PruningPlan
 
 LLAVA = {
@@ -102,7 +103,7 @@ def test_sizes_left_out_are_the_text_models_defaults(tmp_path: Path) -> None:
     found = read_checkpoint(write(tmp_path, config))
     assert sizes(found.shape) == sizes(PRESETS["llava-1.5-7b"])
     assert found.shape.vocab_size == 32064
-    plan = named_plan("25", PRESETS["llava-1.5-7b"], "drop")
+    plan = recipes.paper_25(32, 32).with_mass("drop")
     plan.save_to(block := {"num_hidden_layers": 32, "num_attention_heads": 32,
                            "intermediate_size": 11008})  # fmt: skip
     for holder in (config, text):

@@ -12,7 +12,8 @@ import torch
 
 from yopo.commands import command_line as cli
 from yopo.counting.flops import Prompt, decode_flops, paper_tflops, prefill_flops
-from yopo.counting.presets import PRESETS, named_plan
+from yopo.counting.presets import PRESETS
+from yopo.plan import recipes
 from yopo.plan.pruning_plan import PruningPlan
 
 TINY = Path(__file__).parents[2] / "examples/tiny_llava/checkpoints/tiny-llava-v1-pruned"
@@ -76,7 +77,7 @@ def test_totals_are_the_counts(capsys: pytest.CaptureFixture[str]) -> None:
     result = as_json(capsys, *words.split(), "--text-tokens", "9", "--batch", "3")
     shape = PRESETS["internvl2-8b"]
     shape = type(shape)(**{**vars(shape), "num_hidden_layers": 4})
-    plan = named_plan("12", shape, "exact", "drop")
+    plan = recipes.paper_12(4, shape.num_attention_heads).with_mass("exact/drop")
     prompt = Prompt(8, ((6, 4), (3, 3), (6, 4), (3, 3)), 1)
     assert result["prompt"]["grids"] == [[6, 4], [3, 3]] * 2
     head = 2 * 3 * shape.hidden_size * shape.vocab_size

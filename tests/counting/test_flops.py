@@ -1,4 +1,4 @@
-"""Counted FLOPs: what torch's own counter sees the engine do, the paper's tables, and limits in
+"""Counted FLOPs: what a counter of products sees the engine do, the paper's tables, and limits in
 which the count is known."""
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -27,9 +26,8 @@ from layouts import (
     plans,
     shapes,
 )
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import yopo.engine
 from yopo.counting.flops import (
     LayerFlops,
     Prompt,
@@ -40,9 +38,11 @@ from yopo.counting.flops import (
     prefill_flops,
 )
 from yopo.counting.pairs import executed, executed_step, stock, stock_step
-from yopo.counting.presets import PRESETS, named_plan
+from yopo.counting.presets import PRESETS
 from yopo.engine.layout import VisualLayout
+from yopo.plan import recipes
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.versions import CACHE_FIELD
 
 PROMPT = Prompt(35, ((24, 24),), 25)
 
@@ -50,42 +50,45 @@ PROMPT = Prompt(35, ((24, 24),), 25)
 # ---------------------------------------------------------------------- against torch's counter
 
 
-@contextmanager
-def measured() -> Iterator[list[tuple[int, int]]]:
-    """Yields a list that gets, layer by layer, the FLOPs of 2-D and of batched products.
+class Products(TorchDispatchMode):
+    """Counts the FLOPs of products. torch's FlopCounterMode watches every module meanwhile, and the
+    engine slices no projection that is watched."""
 
-    The first are projections and FFN, the second attention. Fused SDPA is not in the counter's list
-    on the CPU; its plain form computes the same products.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = self.batched = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm"):
+            self.plain += 2 * out.numel() * args[name == "addmm"].shape[-1]
+        elif name in ("bmm", "baddbmm"):
+            self.batched += 2 * out.numel() * args[name == "baddbmm"].shape[-1]
+        return out
+
+
+@contextmanager
+def measured(model: Any) -> Iterator[list[tuple[int, int]]]:
+    """Yields a list that gets, decoder layer by decoder layer, the FLOPs of 2-D and of batched
+    products. The first are projections and FFN, the second attention, SDPA in its plain form."""
     attention = pytest.importorskip("torch.nn.attention")
     seen: list[tuple[int, int]] = []
-    counter = FlopCounterMode(display=False)
+    counter = Products()
 
-    def so_far() -> tuple[int, int]:
-        ops = {str(op): n for op, n in counter.get_flop_counts().get("Global", {}).items()}
-        batched = sum(n for op, n in ops.items() if op in ("aten.bmm", "aten.baddbmm"))
-        return sum(ops.values()) - batched, batched
+    def enter(*_: Any) -> None:
+        counter.plain = counter.batched = 0
 
-    def around(layer: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            before = so_far()
-            out = layer(*args, **kwargs)
-            seen.append(tuple(b - a for a, b in zip(before, so_far(), strict=True)))
-            return out
+    def leave(*_: Any) -> None:
+        seen.append((counter.plain, counter.batched))
 
-        return run
-
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
-    ours, stocks = around(yopo.engine._layer), around(LlamaDecoderLayer.forward)
-    with (
-        torch.no_grad(),
-        attention.sdpa_kernel(attention.SDPBackend.MATH),
-        mock.patch.object(yopo.engine, "_layer", ours),
-        mock.patch.object(LlamaDecoderLayer, "forward", lambda *a, **k: stocks(*a, **k)),
-        counter,
-    ):
+    hooks = []
+    for layer in model.model.layers:
+        hooks += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+    with torch.no_grad(), attention.sdpa_kernel(attention.SDPBackend.MATH), counter:
         yield seen
+    for hook in hooks:
+        hook.remove()
 
 
 def split(layers: list[LayerFlops]) -> list[tuple[int, int]]:
@@ -104,13 +107,13 @@ def check_engine(shape: Shape, plan: PruningPlan, case: Case) -> None:
     model, config = build(shape, plan), shape_of(shape)
     layout = VisualLayout.from_mask(case.visual, case.grids)
     batch = case.shape[0]
-    with measured() as seen:
-        cache = model.model(**case.kwargs(), use_cache=True).past_key_values
+    with measured(model) as seen:
+        cache = getattr(model.model(**case.kwargs(), use_cache=True), CACHE_FIELD)
     assert seen == split(count(config, plan, executed(layout, case.valid, plan)))
     mask = torch.cat([case.valid, torch.ones(batch, 1, dtype=torch.bool)], 1).long()
     token = torch.zeros(batch, 1, dtype=torch.long)
-    with measured() as seen:
-        model.model(input_ids=token, attention_mask=mask, past_key_values=cache)
+    with measured(model) as seen:
+        model.model(input_ids=token, attention_mask=mask, **{CACHE_FIELD: cache})
     assert seen == split(count(config, plan, executed_step(layout, case.valid)))
 
 
@@ -143,23 +146,22 @@ def test_the_dense_count_is_what_stock_executes() -> None:
     config, case = shape_of(SHAPE), left_padded()
     layout = VisualLayout.from_mask(case.visual, case.grids)
     model = build(SHAPE)
-    with measured() as seen:
+    with measured(model) as seen:
         told = {"inputs_embeds": case.inputs_embeds, "attention_mask": case.attention_mask}
-        cache = model.model(**told, use_cache=True).past_key_values
+        cache = getattr(model.model(**told, use_cache=True), CACHE_FIELD)
     assert seen == split(count(config, None, stock(layout)))
     mask = torch.cat([case.attention_mask, torch.ones(len(ROWS), 1, dtype=torch.long)], 1)
     token = torch.zeros(len(ROWS), 1, dtype=torch.long)
-    with measured() as seen:
-        model.model(input_ids=token, attention_mask=mask, past_key_values=cache)
+    with measured(model) as seen:
+        model.model(input_ids=token, attention_mask=mask, **{CACHE_FIELD: cache})
     assert seen == split(count(config, None, stock_step(layout)))
 
 
 def test_logits_of_the_last_position_are_one_product() -> None:
     model, case = build(SHAPE), left_padded(ROWS[:1])
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), Products() as counter:
         model.lm_head(case.inputs_embeds[:, -1])
-    assert counter.get_total_flops() == lm_head_flops(SHAPE.config(), 1)
+    assert counter.plain == lm_head_flops(SHAPE.config(), 1)
 
 
 @pytest.mark.parametrize("mass", ["exact", "drop"])
@@ -192,7 +194,8 @@ def test_only_attention_is_executed_beyond_what_is_useful(
 def test_paper_table(preset: str, dense: float, quarter: float) -> None:
     shape = PRESETS[preset]
     assert round(paper_tflops(shape, 576), 2) == dense
-    assert round(paper_tflops(shape, 576, named_plan("25", shape)), 2) == quarter
+    plan = recipes.paper_25(shape.num_hidden_layers, shape.num_attention_heads)
+    assert round(paper_tflops(shape, 576, plan), 2) == quarter
 
 
 @pytest.mark.parametrize(
@@ -273,13 +276,13 @@ def test_window_counts_the_pairs_that_see_each_other() -> None:
 def test_ideal_ratios_of_the_named_plans() -> None:
     shape = PRESETS["llava-1.5-7b"]
     dense = sum(layer.total for layer in prefill_flops(shape, PROMPT))
-    for name, head, cut, ratio in (
-        ("25", "drop", "drop", 3.15),
-        ("12", "drop", "drop", 4.87),
-        ("25", "exact", "exact", 1.91),
-        ("25", "exact", "drop", 2.97),
+    for recipe, mass, ratio in (
+        (recipes.paper_25, "drop", 3.15),
+        (recipes.paper_12, "drop", 4.87),
+        (recipes.paper_25, "exact", 1.91),
+        (recipes.paper_25, "exact/drop", 2.97),
     ):
-        plan = named_plan(name, shape, head, cut)
+        plan = recipe(32, 32).with_mass(mass)
         pruned = sum(layer.total for layer in prefill_flops(shape, PROMPT, plan))
         assert dense / pruned == pytest.approx(ratio, abs=0.01)
 

@@ -1,5 +1,5 @@
-"""`python -m yopo run (-m MODULE | SCRIPT.py) …`: runs any program as python itself would, with
-yopo's models in place of transformers' Llama. Knows nothing of models or plans.
+"""`python -m yopo run (-m MODULE | SCRIPT.py) …`: runs any program as python itself would, with the
+patch in, so that the models it loads are pruned as their configs say. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from yopo.errors import BadInput
 
 USAGE = "python -m yopo run (-m MODULE | SCRIPT.py) [ARGUMENT …]"
-HELP = "run a module or script, unchanged, with yopo's models in place of transformers' Llama"
+HELP = "run a module or script, unchanged; models whose configs have a plan are pruned by it"
 
 
 def run(arguments: Sequence[str]) -> int:

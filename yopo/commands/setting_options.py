@@ -12,9 +12,10 @@ import torch
 
 from yopo.checkpoint.config_file import Checkpoint, Grid, read_checkpoint
 from yopo.counting.flops import Prompt
-from yopo.counting.presets import PRESETS, Shape, named_plan
+from yopo.counting.presets import PRESETS, Shape
 from yopo.counting.setting import ITEMSIZE, Setting
 from yopo.errors import BadInput
+from yopo.plan import recipes
 from yopo.plan.pruning_plan import PruningPlan
 
 
@@ -82,8 +83,13 @@ def some_layers(preset: str, layers: int | None) -> Shape:
 
 
 def _plan(name: str, shape: Shape, whole: int | None = None) -> PruningPlan | None:
-    """The plan `name` of named_plan, with drop where the name says no masses."""
-    return None if name == "none" else named_plan(name, shape, "drop", whole=whole)
+    """The plan that --plan names, with drop where the name says no masses. Raises ValueError."""
+    if name == "none":
+        return None
+    sizes = (shape.num_hidden_layers, shape.num_attention_heads)
+    plan = recipes.named_plan(name, *sizes, mass="drop", whole=whole, setting="--plan")
+    plan.ffn_neurons(shape.intermediate_size)  # refuses a ratio that leaves none
+    return plan
 
 
 def _with_masses(plan: PruningPlan | None, mass: str | None) -> PruningPlan | None:

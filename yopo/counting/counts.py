@@ -1,13 +1,14 @@
 """All counts of one setting put together, dense beside pruned, as plain JSON-able numbers.
 
 Only puts together: FLOPs are flops.py's, bytes footprint.py's; tables and words are made of this by
-flops_report.py and inspect_plan.py.
+the commands.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -25,57 +26,57 @@ PAPER = (
 )
 
 
+@dataclass(frozen=True)
+class _Arm:
+    """What is counted of the dense model, or of the pruned one, layer by layer; FLOPs of a
+    "prefill" and of the "decode" step after it."""
+
+    plan: PruningPlan | None
+    needed: dict[str, list[LayerFlops]]
+    executed: dict[str, list[LayerFlops]]
+    kv: list[KVBytes]
+
+    @classmethod
+    def of(cls, setting: Setting, plan: PruningPlan | None) -> _Arm:
+        shape, prompt = setting.shape, setting.prompt
+        layout = prompt.layout(setting.batch)
+        valid = torch.ones(layout.shape, dtype=torch.bool)
+        window = () if plan is None else (plan.window, plan.window_causal)
+        needed = {"prefill": useful(layout, valid, *window), "decode": useful_step(layout, valid)}
+        if plan is None:
+            done = {"prefill": stock(layout), "decode": stock_step(layout)}
+        else:
+            done = {
+                "prefill": executed(layout, valid, plan),
+                "decode": executed_step(layout, valid),
+            }
+        return cls(
+            plan,
+            {name: count(shape, plan, work) for name, work in needed.items()},
+            {name: count(shape, plan, work) for name, work in done.items()},
+            kv_bytes(shape, plan, prompt.text, prompt.visual, setting.batch, setting.itemsize),
+        )
+
+
 def counts(setting: Setting) -> dict[str, Any]:
     """FLOPs are whole numbers over the batch, bytes too; "pruned" is None without a plan."""
     shape, plan, prompt = setting.shape, setting.plan, setting.prompt
-    layout = prompt.layout(setting.batch)
-    valid = torch.ones(layout.shape, dtype=torch.bool)
-    dense = {
-        "prefill": count(shape, None, useful(layout, valid)),
-        "decode": count(shape, None, useful_step(layout, valid)),
-    }
-    run = {
-        "prefill": count(shape, None, stock(layout)),
-        "decode": count(shape, None, stock_step(layout)),
-    }
-    kv = kv_bytes(shape, None, prompt.text, prompt.visual, setting.batch, setting.itemsize)
-    pruned = pruned_run = pruned_kv = None
-    if plan is not None:
-        work = useful(layout, valid, plan.window, plan.window_causal)
-        pruned = {
-            "prefill": count(shape, plan, work),
-            "decode": count(shape, plan, useful_step(layout, valid)),
-        }
-        pruned_run = {
-            "prefill": count(shape, plan, executed(layout, valid, plan)),
-            "decode": count(shape, plan, executed_step(layout, valid)),
-        }
-        pruned_kv = kv_bytes(
-            shape, plan, prompt.text, prompt.visual, setting.batch, setting.itemsize
-        )
+    dense = _Arm.of(setting, None)
+    pruned = None if plan is None else _Arm.of(setting, plan)
+
+    def both(of: Callable[..., Any], *more: Any) -> dict[str, Any]:
+        return {"dense": of(dense, *more), "pruned": None if pruned is None else of(pruned, *more)}
+
     head = lm_head_flops(shape, setting.batch)  # of the last position of each row
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "head_dim", "vocab_size")  # fmt: skip
-    result = {
-        "model": {"name": setting.name, **{name: getattr(shape, name) for name in names}},
-        "plan": None if plan is None else _described(setting, plan),
-        "prompt": {
-            "batch": setting.batch,
-            "text_tokens": prompt.text,
-            "visual_tokens": prompt.visual,
-            "grids": [list(grid) for grid in prompt.grids],
-        },
-        "dtype": setting.dtype,
-    }
+    result = _described_setting(setting)
     for name in ("prefill", "decode"):
-        result[name] = _both(_total(dense[name], head), pruned and _total(pruned[name], head))
-        result[name]["executed"] = _both(
-            _total(run[name], head)["total"], pruned_run and _total(pruned_run[name], head)["total"]
+        result[name] = both(lambda arm, name: _total(arm.needed[name], head), name)
+        result[name]["executed"] = both(
+            lambda arm, name: _total(arm.executed[name], head)["total"], name
         )
-    result["kv_bytes"] = _both(_kv_total(kv), pruned_kv and _kv_total(pruned_kv))
-    result["weight_bytes"] = _both(
-        asdict(weight_bytes(shape, None, setting.itemsize)),
-        plan and asdict(weight_bytes(shape, plan, setting.itemsize)),
+    result["kv_bytes"] = both(lambda arm: _kv_total(arm.kv))
+    result["weight_bytes"] = both(
+        lambda arm: asdict(weight_bytes(shape, arm.plan, setting.itemsize))
     )
     result["paper_convention"] = {
         "dense_tflops": paper_tflops(shape, prompt.visual),
@@ -87,15 +88,29 @@ def counts(setting: Setting) -> dict[str, Any]:
         {
             "layer": layer,
             "kept_heads": None if plan is None else _reading(plan, layer),
-            **_both(_layer(dense, kv, layer), pruned and _layer(pruned, pruned_kv, layer)),
+            **both(_layer, layer),
         }
         for layer in range(shape.num_hidden_layers)
     ]
     return result
 
 
-def _both(dense: Any, pruned: Any) -> dict[str, Any]:
-    return {"dense": dense, "pruned": pruned}
+def _described_setting(setting: Setting) -> dict[str, Any]:
+    prompt, plan = setting.prompt, setting.plan
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "vocab_size")  # fmt: skip
+    sizes = {name: getattr(setting.shape, name) for name in names}
+    return {
+        "model": {"name": setting.name, **sizes},
+        "plan": None if plan is None else _described_plan(setting, plan),
+        "prompt": {
+            "batch": setting.batch,
+            "text_tokens": prompt.text,
+            "visual_tokens": prompt.visual,
+            "grids": [list(grid) for grid in prompt.grids],
+        },
+        "dtype": setting.dtype,
+    }
 
 
 def _total(layers: list[LayerFlops], head: int) -> dict[str, int]:
@@ -113,9 +128,9 @@ def _kv_total(layers: list[KVBytes]) -> dict[str, int]:
     return {**parts, "filled": parts["text"] + parts["visual"]}
 
 
-def _layer(passes: dict[str, list[LayerFlops]], kv: list[KVBytes], layer: int) -> dict[str, Any]:
-    flops = {name: asdict(layers[layer]) for name, layers in passes.items()}
-    return {**flops, "kv_bytes": asdict(kv[layer])}
+def _layer(arm: _Arm, layer: int) -> dict[str, Any]:
+    flops = {name: asdict(layers[layer]) for name, layers in arm.needed.items()}
+    return {**flops, "kv_bytes": asdict(arm.kv[layer])}
 
 
 def _reading(plan: PruningPlan, layer: int) -> int:
@@ -123,7 +138,7 @@ def _reading(plan: PruningPlan, layer: int) -> int:
     return int(plan.head_keep[layer].sum()) if layer < plan.layer_cut else 0
 
 
-def _described(setting: Setting, plan: PruningPlan) -> dict[str, Any]:
+def _described_plan(setting: Setting, plan: PruningPlan) -> dict[str, Any]:
     below = plan.head_keep[: plan.layer_cut]
     return {
         "name": setting.plan_name or "the checkpoint's own",

@@ -1,5 +1,5 @@
 """Counts the FLOPs of a prefill and of a decode step, dense and under a plan. Arithmetic on shapes
-only: nothing is run, loaded or printed. The command `flops` is flops_report.py's.
+only: nothing is run, loaded or printed.
 
 A multiply-add is two FLOPs; norms, softmax, rotation, the vision tower and its projector are left
 out. Which heads, rows and neurons a layer computes is read off the engine's own LayerPlan, so
@@ -97,7 +97,7 @@ def _all(layout: VisualLayout) -> Tensor:
     return torch.ones(layout.shape, dtype=torch.bool)
 
 
-def stack_of(shape: Any, plan: PruningPlan | None) -> LayerPlans:
+def layer_plans_of(shape: Any, plan: PruningPlan | None) -> LayerPlans:
     """What each layer computes; None: as the dense model, where every head sees everything."""
     if plan is None:
         ones = torch.ones(shape.num_hidden_layers, shape.num_attention_heads, dtype=torch.bool)
@@ -107,9 +107,9 @@ def stack_of(shape: Any, plan: PruningPlan | None) -> LayerPlans:
 
 def count(shape: Any, plan: PruningPlan | None, work: Work) -> list[LayerFlops]:
     """FLOPs of each layer in a pass of `work`."""
-    stack = stack_of(shape, plan)
-    neurons = shape.intermediate_size if stack.neurons is None else stack.neurons
-    return [_layer(shape, layer, neurons, work) for layer in stack.plans]
+    layers = layer_plans_of(shape, plan)
+    neurons = shape.intermediate_size if layers.neurons is None else layers.neurons
+    return [_layer(shape, layer, neurons, work) for layer in layers.plans]
 
 
 def _layer(shape: Any, layer: LayerPlan, neurons: int, work: Work) -> LayerFlops:

@@ -1,5 +1,5 @@
-"""Bytes that a model needs under a plan: the KV cache of a prompt, as cache.py's stores hold it,
-and the weights. Arithmetic on shapes only; FLOPs are flops.py's.
+"""Bytes that a model needs under a plan: the KV cache of a prompt, as visual_cache.py's stores hold
+it, and the weights. Arithmetic on shapes only; FLOPs are flops.py's.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from yopo.counting.flops import stack_of, visual_queries, visual_vectors
+from yopo.counting.flops import layer_plans_of, visual_queries, visual_vectors
 from yopo.engine.visual_cache import GROWTH, SPARE
 from yopo.plan.pruning_plan import PruningPlan
 
@@ -41,7 +41,7 @@ def kv_bytes(
     token = batch * shape.head_dim * itemsize
     room = 0 if plan is None else int(GROWTH * text_slots) + SPARE - text_slots
     layers = []
-    for layer in stack_of(shape, plan).plans:
+    for layer in layer_plans_of(shape, plan).plans:
         held = sum(map(len, layer.kv))
         visual = visual_slots * visual_vectors(layer)
         layers.append(
@@ -70,10 +70,10 @@ def weight_bytes(shape: Any, plan: PruningPlan | None, itemsize: int = 2) -> Wei
     table = shape.vocab_size * shape.hidden_size
     total = layers + shape.hidden_size + table * (1 if shape.tied else 2)
     forward = layers + shape.hidden_size + table
-    stack = stack_of(shape, plan)
-    neurons = shape.intermediate_size if stack.neurons is None else stack.neurons
+    plans = layer_plans_of(shape, plan)
+    neurons = shape.intermediate_size if plans.neurons is None else plans.neurons
     visual = 0
-    for layer in stack.plans:
+    for layer in plans.plans:
         if layer.runs_visual:
             heads = 2 * visual_queries(layer, shape.num_attention_heads) + visual_vectors(layer)
             visual += shape.hidden_size * (heads * shape.head_dim + 3 * neurons)

@@ -1,13 +1,10 @@
-"""Shapes of published models, for benchmarks and counting, and named plans for them. Numbers only:
-building a model or a pass is done elsewhere. Sources: the models' config.json on the Hub.
+"""Shapes of published models, for benchmarks and counting. Numbers only: building a model or a pass
+is done elsewhere. Sources: the models' config.json on the Hub.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from yopo.plan import recipes
-from yopo.plan.pruning_plan import PruningPlan
 
 
 @dataclass(frozen=True)
@@ -62,19 +59,3 @@ PRESETS = {
     "internvl2-8b": Shape(4096, 14336, 32, 32, 8, 92553, (16, 16)),
     "internvl2-26b": Shape(6144, 16384, 48, 48, 8, 92553, (16, 16)),
 }
-
-
-def named_plan(
-    name: str,
-    shape: Shape,
-    head_mass: str = "exact",
-    cut_mass: str | None = None,
-    whole: int | None = None,
-) -> PruningPlan:
-    """The plan that `--plan` names (recipes.named_plan), for a model of `shape`. Raises ValueError
-    for a name that is none, or a plan that does not fit."""
-    sizes = (shape.num_hidden_layers, shape.num_attention_heads)
-    mass = f"{head_mass}/{cut_mass or head_mass}"
-    plan = recipes.named_plan(name, *sizes, mass=mass, whole=whole, setting="--plan")
-    plan.ffn_neurons(shape.intermediate_size)
-    return plan
