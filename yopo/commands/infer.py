@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import warnings
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def infer(args: argparse.Namespace) -> int:
     """Answers args.question. Raises BadInput before any heavy work where something is wrong."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice would break up the answer
+    # transformers' advice, to LLaVA's code as to others', would break up the answer.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
     check_model(args.model_path)
     if args.mass is not None:
         check_masses(args.mass)
