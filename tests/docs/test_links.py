@@ -3,6 +3,7 @@ on the site, in an installed package."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-_WHERE = ("*.md", "docs/*.md", "benchmarks/*.md", "examples/*/README.md", "tests/golden/*.md")
+_WHERE = ("*.md", "docs/*.md", "benchmarks/*.md", "examples/*/README.md", "examples/*.ipynb")
+_WHERE += ("tests/golden/*.md",)
 PAGES = [page for pattern in _WHERE for page in sorted(ROOT.glob(pattern))]
 _CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)")
@@ -19,8 +21,17 @@ MADE = "yopo/models/families/vipllava.py"  # a file that the page has its reader
 _ELSEWHERE = re.compile(r"[a-z]+:", re.IGNORECASE)  # https:, mailto:
 
 
+def written(page: Path) -> str:
+    """What a page says; of a notebook, what is written between the code."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix != ".ipynb":
+        return text
+    cells = json.loads(text)["cells"]
+    return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+
+
 def links_of(page: Path) -> list[str]:
-    text = _CODE.sub("", page.read_text(encoding="utf-8"))
+    text = _CODE.sub("", written(page))
     return [link for link in _LINK.findall(text) if not _ELSEWHERE.match(link)]
 
 
