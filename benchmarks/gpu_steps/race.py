@@ -120,12 +120,12 @@ def run(session: Session, race: Race) -> None:
             journal.add(race.step, arm.name, ABSENT, **_about(race), arm=arm.name, note=why)
         else:
             runners.append(Runner(arm))
-    for runner in runners:
+    for runner in runners:  # each is timed once before the next is warmed up: time may be short
         _attempt(session, deadline, runner, partial(_first, track, runner, deadline))
-    for number in range(session.scale.rounds):
-        steps = session.scale.steps if number == 0 else 0
+        _attempt(session, deadline, runner, partial(_timed, track, runner, session.scale.steps))
+    for _ in range(session.scale.rounds - 1):
         for runner in runners:
-            _attempt(session, deadline, runner, partial(_timed, track, runner, steps))
+            _attempt(session, deadline, runner, partial(_timed, track, runner, 0))
     _write(session, race, track, runners)
 
 
