@@ -31,7 +31,7 @@ def step(session: Session) -> None:
 
 
 def compiled_race(scale: Scale) -> Race:
-    arms = (STOCK, STOCK_COMPILED, Arm("25", "drop"))
+    arms = (STOCK, Arm("25", "drop"), STOCK_COMPILED)
     return Race("compiled", "7b", scale.batches[0], 1, arms)
 
 

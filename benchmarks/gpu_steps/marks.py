@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from yopo.bench.floor import Rates
+
 TRIES = 10  # of which the best counts
 
 
@@ -46,9 +48,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return marks.gaps()[0]
 
 
-def best_rates(
-    side: int, copied: int, dtype: torch.dtype, device: torch.device
-) -> dict[str, float]:
+def best_rates(side: int, copied: int, dtype: torch.dtype, device: torch.device) -> Rates:
     """FLOP/s of a square product, and bytes/s of a copy, those read and those written."""
     left, right = torch.randn(2, side, side, device=device).to(dtype).unbind()
     source = torch.randn(copied // dtype.itemsize, device=device).to(dtype)
@@ -58,7 +58,5 @@ def best_rates(
         work()
         return min(seconds(work, device) for _ in range(TRIES))
 
-    return {
-        "product_flops_s": 2 * side**3 / best(lambda: left @ right),
-        "copy_bytes_s": 2 * copied / best(lambda: target.copy_(source)),
-    }
+    product, copy = best(lambda: left @ right), best(lambda: target.copy_(source))
+    return 2 * side**3 / product, 2 * copied / copy

@@ -4,7 +4,6 @@ machine that speeds up or slows down does so for all. Which races there are is t
 
 from __future__ import annotations
 
-import inspect
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,16 +15,16 @@ from torch import Tensor
 
 from gpu_steps.arms import COMPILED, GRAPHED, STOCK, Arm, entered
 from gpu_steps.clock import Deadline, Late, time_limit
-from gpu_steps.floor import decode_floor, prefill_floor
 from gpu_steps.journal import TIME_IS_UP, words
 from gpu_steps.marks import Marks
 from gpu_steps.scale import DTYPE
 from gpu_steps.session import Session
 from gpu_steps.tables import ABSENT, FAILED, OK, SKIPPED
-from yopo.bench.memory import peak_of
+from yopo.bench.arms import last_only
+from yopo.bench.floor import Rates, decode_floor, prefill_floor
+from yopo.bench.memory import cache_bytes, peak_of
 from yopo.bench.random_model import Case
 from yopo.counting.flops import Prompt
-from yopo.versions import read_stock_cache
 
 WARM_STEPS = 2  # of decoding, before any is timed
 
@@ -100,12 +99,6 @@ class Track:
         return called(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
 
 
-def last_only(model: Any) -> dict[str, int]:
-    """Logits of the last row alone, under the name this transformers has for it (none: all)."""
-    known = inspect.signature(type(model).forward).parameters
-    return {name: 1 for name in ("logits_to_keep", "num_logits_to_keep") if name in known}
-
-
 def run(session: Session, race: Race) -> None:
     """Adds a row for each arm. Whatever fails is a row, too."""
     deadline, journal = session.clock.deadline(race.name), session.journal
@@ -120,12 +113,12 @@ def run(session: Session, race: Race) -> None:
             journal.add(race.step, arm.name, ABSENT, **_about(race), arm=arm.name, note=why)
         else:
             runners.append(Runner(arm))
-    for runner in runners:
+    for runner in runners:  # each is timed once before the next is warmed up: time may be short
         _attempt(session, deadline, runner, partial(_first, track, runner, deadline))
-    for number in range(session.scale.rounds):
-        steps = session.scale.steps if number == 0 else 0
+        _attempt(session, deadline, runner, partial(_timed, track, runner, session.scale.steps))
+    for _ in range(session.scale.rounds - 1):
         for runner in runners:
-            _attempt(session, deadline, runner, partial(_timed, track, runner, steps))
+            _attempt(session, deadline, runner, partial(_timed, track, runner, 0))
     _write(session, race, track, runners)
 
 
@@ -157,12 +150,6 @@ def _first(track: Track, runner: Runner, deadline: Deadline) -> None:
         runner.kv_bytes = cache_bytes(out.past_key_values)
         for _ in range(WARM_STEPS):
             out = track.decode(called, out)
-
-
-def cache_bytes(cache: Any) -> int:
-    if hasattr(cache, "nbytes"):
-        return int(cache.nbytes())
-    return sum(t.numel() * t.element_size() for pair in read_stock_cache(cache) for t in pair)
 
 
 def _timed(track: Track, runner: Runner, steps: int) -> None:
@@ -209,7 +196,7 @@ def _figures(
     track: Track,
     runner: Runner,
     stock: Runner | None,
-    rates: dict[str, float] | None,
+    rates: Rates | None,
 ) -> dict[str, Any]:
     """Of one arm. Times in ms, medians; ratios are stock's time over the arm's in the same round,
     of their median."""
@@ -232,9 +219,9 @@ def _figures(
         if pairs:
             figures[f"{part}_ratio"] = statistics.median([a / b for a, b in pairs])
     if rates is not None:
-        plan = runner.arm.plan_for(track.shape)
-        figures["prefill_floor_ms"] = 1e3 * prefill_floor(
-            track.shape, track.prompt, plan, race.batch, rates
-        )
-        figures["decode_floor_ms"] = 1e3 * decode_floor(track.shape, runner.kv_bytes or 0, rates)
+        shape, size = track.shape, DTYPE.itemsize
+        plan, kv_bytes = runner.arm.plan_for(shape), runner.kv_bytes or 0
+        floor = prefill_floor(shape, track.prompt, plan, race.batch, size, rates)
+        figures["prefill_floor_ms"] = 1e3 * floor
+        figures["decode_floor_ms"] = 1e3 * decode_floor(shape, kv_bytes, size, rates)
     return figures

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import yopo
-from gpu_steps.arms import FUSED, NEEDED, with_mass
+from gpu_steps.arms import FUSED, NEEDED
 from gpu_steps.clock import Deadline
 from gpu_steps.journal import TIME_IS_UP
 from gpu_steps.scale import Scale
@@ -248,15 +248,21 @@ def generates(device: torch.device) -> Row:
     return judged(float((ours != truth).sum()), 0.0)
 
 
-@torch.no_grad()
 def no_synchronisation(mass: str, device: torch.device) -> Row:
     """In no layer of a prefill and a decode step the host waits for the device."""
-    from layouts import SHAPE, a_plan, left_padded
-
     if device.type != "cuda":
         return {"status": SKIPPED, "note": "not on a CPU"}
+    return watched(mass, device)
+
+
+@torch.no_grad()
+def watched(mass: str, device: torch.device) -> Row:
+    """Runs a prefill and some steps; raises RuntimeError where the host waits in a layer."""
+    from layouts import SHAPE, a_plan, left_padded
+
     try:
-        plan = with_mass(a_plan(), mass)
+        plan = a_plan()
+        plan = plan.with_mass(mass, text_mass=torch.ones(plan.head_keep.shape))
     except ValueError as error:
         return {"status": ABSENT, "note": str(error)}
     model, case = _model(SHAPE, plan, torch.float32, device), left_padded()

@@ -13,6 +13,7 @@ from gpu_steps.journal import Journal, words
 from gpu_steps.marks import best_rates
 from gpu_steps.scale import DTYPE, Scale
 from gpu_steps.tables import FAILED
+from yopo.bench.floor import Rates
 from yopo.bench.random_model import random_model
 from yopo.counting.presets import Shape
 
@@ -26,7 +27,7 @@ class Session:
     journal: Journal
     clock: Clock
     _held: dict[str, Any] = field(default_factory=dict)
-    _rates: list[dict[str, float] | None] = field(default_factory=list)
+    _rates: list[Rates | None] = field(default_factory=list)
 
     @property
     def on_gpu(self) -> bool:
@@ -46,7 +47,7 @@ class Session:
         if self.on_gpu:
             torch.cuda.empty_cache()
 
-    def rates(self) -> dict[str, float] | None:
+    def rates(self) -> Rates | None:
         """The best FLOP/s and bytes/s of this device, measured once; None where that failed."""
         if not self._rates:
             try:
@@ -56,5 +57,5 @@ class Session:
                 self.journal.add("rates", RATES, FAILED, error=words(error))
             else:
                 self._rates.append(rates)
-                self.journal.add("rates", RATES, **rates)
+                self.journal.add("rates", RATES, product_flops_s=rates[0], copy_bytes_s=rates[1])
         return self._rates[0]

@@ -71,11 +71,11 @@ def _told(case: Case) -> dict[str, Any]:
 
 def _prefill(model: Any, case: Case, **told: Any) -> Any:
     """The cache that it leaves."""
-    out = model(inputs_embeds=case.embeds, use_cache=True, **_last_only(model), **told)
+    out = model(inputs_embeds=case.embeds, use_cache=True, **last_only(model), **told)
     return getattr(out, CACHE_FIELD)
 
 
-def _last_only(model: Any) -> dict[str, int]:
+def last_only(model: Any) -> dict[str, int]:
     """Logits of the last row alone, under the name this transformers has for it (none: all)."""
     known = inspect.signature(type(model).forward).parameters
     return {name: 1 for name in ("logits_to_keep", "num_logits_to_keep") if name in known}

@@ -8,13 +8,13 @@ machine that speeds up or slows down does so for all. What the times mean is rep
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from yopo.bench.arms import ARMS, Arm, arms_of
 from yopo.bench.memory import (
+    cache_bytes,
     fixed_bytes,
     free_bytes,
     is_out_of_memory,
@@ -27,7 +27,6 @@ from yopo.bench.timing import Probe, timed
 from yopo.counting.setting import Setting
 from yopo.engine.visual_cache import VisualCache
 from yopo.errors import BadInput
-from yopo.versions import read_stock_cache
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def _run(arm: Arm, steps: int, device: torch.device, counted: bool) -> None:
             arm.prefill_s.append(seconds)
         else:
             arm.peak_bytes, cache = peak_of(arm.prefill, device)
-            arm.cache_bytes = 0 if cache is None else _cache_bytes(cache)
+            arm.cache_bytes = 0 if cache is None else cache_bytes(cache)
             if isinstance(cache, VisualCache):
                 arm.visual_bytes = cache.nbytes(visual_only=True)
         if arm.decode is not None:
@@ -136,9 +135,3 @@ def _run(arm: Arm, steps: int, device: torch.device, counted: bool) -> None:
         arm.failed = "out of memory"
         if device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _cache_bytes(cache: Any) -> int:
-    if hasattr(cache, "nbytes"):
-        return cache.nbytes()
-    return sum(t.numel() * t.element_size() for pair in read_stock_cache(cache) for t in pair)

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from yopo.counting.flops import Prompt
 from yopo.counting.presets import Shape
+from yopo.versions import read_stock_cache
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notes break up the progress bar
 
@@ -73,3 +74,10 @@ def peak_of(work: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
     events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda e: e.start_ns() if hasattr(e, "start_ns") else e.start_us())
     return max(accumulate((e.nbytes() for e in events), initial=0)), result
+
+
+def cache_bytes(cache: Any) -> int:
+    """Of the keys and values that a cache holds, stock's or ours."""
+    if hasattr(cache, "nbytes"):
+        return int(cache.nbytes())
+    return sum(t.numel() * t.element_size() for pair in read_stock_cache(cache) for t in pair)

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from yopo.bench.arms import Arm
+from yopo.bench.floor import prefill_floor
 from yopo.bench.measure import Benchmark, Measured
 from yopo.counting.flops import prefill_flops
 from yopo.plan.pruning_plan import PruningPlan
@@ -56,7 +57,9 @@ def result_of(benchmark: Benchmark, measured: Measured) -> dict[str, Any]:
     by_name = {arm.name: arm for arm in arms}
     stock, ours = by_name["stock SDPA"], by_name["yopo"]
     floors = {
-        arm.name: _floor(benchmark, pruned_by, measured.rates)
+        arm.name: prefill_floor(
+            shape, prompt, pruned_by, setting.batch, dtype.itemsize, measured.rates
+        )
         for arm, pruned_by in ((stock, None), (ours, plan))
     }
     heads = shape.num_key_value_heads * shape.head_dim
@@ -97,18 +100,6 @@ def _ideal(benchmark: Benchmark) -> float:
         for plan in (None, setting.plan)
     )
     return dense / pruned
-
-
-def _floor(benchmark: Benchmark, plan: PruningPlan | None, rates: tuple[float, float]) -> float:
-    """Seconds under which no prefill of these FLOPs and weights can come on this machine."""
-    rate, bandwidth = rates
-    setting, itemsize = benchmark.setting, benchmark.dtype.itemsize
-    shape, batch = setting.shape, setting.batch
-    read = shape.layer_weights * itemsize / bandwidth
-    layers = prefill_flops(shape, setting.prompt, plan)
-    head = 2 * shape.hidden_size * shape.vocab_size
-    last = max(batch * head / rate, head / 2 * itemsize / bandwidth)
-    return last + sum(max(batch * layer.total / rate, read) for layer in layers)
 
 
 def _masses(plan: PruningPlan | None) -> str | None:
