@@ -39,5 +39,5 @@ assert here.is_relative_to(Path(sys.argv[1]).resolve()), f"yopo comes from {here
 pages = {page.name for page in (here.parent / "docs").iterdir()}
 assert "adding-a-family.md" in str(unknown(object())) and "adding-a-family.md" in pages, pages
 PYTHON_CODE
-"$work/venv/bin/yopo" flops --preset llava-1.5-7b --plan 25 >/dev/null
+"$work/venv/bin/yopo" flops --preset llava-1.5-7b --plan 25 --json >/dev/null
 "$work/venv/bin/python" "$ROOT/tests/support/doc_pages.py" "$ROOT/README.md" "$ROOT/docs/quickstart.md"
