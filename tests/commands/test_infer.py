@@ -162,7 +162,7 @@ def test_infer(good: Path) -> None:
     assert lines[-1].startswith("prefill: ") and "(16 visual, " in lines[-1]
 
     dropped = run(*asked, "--mass", "drop/exact")
-    assert "Mass on visual keys: drop in pruned heads, exact in cut" in dropped.stdout
+    assert "Mass on visual keys: drop in pruned heads, exact from layer" in dropped.stdout
     wrong = run(*asked, "--mass", "half")
     assert wrong.returncode == 2 and "'half'" in wrong.stderr
     assert "Traceback" not in wrong.stderr
@@ -271,7 +271,7 @@ def test_the_masses_asked_for_are_those_that_run(
         lambda self, *a, **k: ran.append(yopo.plan_of(self)) or real(self, *a, **k),
     )
     plan, *_ = answered(own, own.parent / "picture.png", capsys, "--mass", "drop/exact")
-    assert "Mass on visual keys: drop in pruned heads, exact in cut" in plan
+    assert "Mass on visual keys: drop in pruned heads, exact from layer" in plan
     assert [(p.head_mass, p.cut_mass) for p in ran] == [("drop", "exact")]
 
 
