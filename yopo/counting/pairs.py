@@ -122,7 +122,7 @@ def executed(layout: VisualLayout, valid: Tensor, plan: PruningPlan) -> Work:
             others += count * n_visual
             valueless += count * n_visual * (queries.stop - queries.start == 1)
     else:
-        for group in sight or ():
+        for group in sight:
             for band in group.bands:
                 count = len(group.row) * (band.queries.stop - band.queries.start)
                 own += count * group.text_slots

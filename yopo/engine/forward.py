@@ -19,7 +19,7 @@ from yopo.engine.layer_plan import LayerPlans
 from yopo.engine.layout import VisualLayout
 from yopo.engine.packing import Packing, to_device
 from yopo.engine.text_attention import TextSight
-from yopo.engine.visual_attention import visual_sight
+from yopo.engine.visual_attention import Blocks, ImageGroup, visual_sight
 from yopo.engine.visual_cache import VisualCache
 from yopo.plan.pruning_plan import PruningPlan
 
@@ -38,7 +38,7 @@ def prepare(layout: VisualLayout, valid: Tensor, cache: VisualCache, plan: Pruni
     """
     text, visual = packings(layout, valid, cache.length)
     cache.extend(layout, valid, text.order, visual.order)
-    sight = None
+    sight: tuple[ImageGroup, ...] | Blocks = ()
     if len(visual):
         sight = visual_sight(layout, visual, cache, valid, plan.window, plan.window_causal)
     return Pass(

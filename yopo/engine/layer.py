@@ -10,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from yopo.engine.layer_plan import LayerPlan
 from yopo.engine.packing import Packing
 from yopo.engine.text_attention import TextSight, text_attention
 from yopo.engine.visual_attention import Blocks, ImageGroup, visual_attention
 from yopo.engine.visual_cache import HeadStore
-from yopo.engine.weights import Linear, project_from_heads, project_to_heads, to_qkv
+from yopo.engine.weights import Attention, Linear, project_from_heads, project_to_heads, to_qkv
 
 Stores = tuple[HeadStore, HeadStore]
 
@@ -28,7 +28,7 @@ class Pass:
 
     text, visual: packings of its rows. rows: (Nt + Nv,) int64, their places in the flattened
     (B·n) batch, text first.
-    text_sight, visual_sight: see text_attention.py and visual_attention.py; visual_sight is None
+    text_sight, visual_sight: see text_attention.py and visual_attention.py; visual_sight is ()
         where no row is visual.
     """
 
@@ -36,7 +36,7 @@ class Pass:
     visual: Packing
     rows: Tensor
     text_sight: TextSight
-    visual_sight: tuple[ImageGroup, ...] | Blocks | None
+    visual_sight: tuple[ImageGroup, ...] | Blocks
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + swapped * sin).to(x.dtype)
 
 
-def attend_layer(attn: nn.Module, x: Tensor, call: LayerCall) -> Tensor:
+def attend_layer(attn: Attention, x: Tensor, call: LayerCall) -> Tensor:
     """Self-attention on normed rows x (N, d), text first → (N, d). Fills the stores."""
     plan, shared = call.plan, call.shared
     n_text = len(shared.index.text)
@@ -116,6 +116,9 @@ def attend_layer(attn: nn.Module, x: Tensor, call: LayerCall) -> Tensor:
 
     sliced = n_text < len(x)
     q_proj, k_proj, v_proj = to_qkv(attn, x, sliced)
+    visual_q: Tensor | None
+    visual_k: Tensor | None
+    visual_v: Tensor | None = None
     if sliced:
         q, visual_q = turned(q_proj, plan.visual_heads)
         k, visual_k = turned(k_proj, plan.visual_key_heads)
@@ -129,7 +132,10 @@ def attend_layer(attn: nn.Module, x: Tensor, call: LayerCall) -> Tensor:
             f"q_proj gives {q.shape[1]} heads where the plan has {plan.heads}: the heads are split "
             "over processes (tensor parallelism, tp_plan), or were taken out. Load the model whole"
         )
-    v, visual_v = project_to_heads(v_proj, x, n_text, plan.visual_value_heads, shared.head_dim)
+    if sliced:
+        v, visual_v = project_to_heads(v_proj, x, n_text, plan.visual_value_heads, shared.head_dim)
+    else:
+        v = v_proj(x).unflatten(-1, (-1, shared.head_dim))
     _fill(stores, plan, shared.index, (k, v), (visual_k, visual_v), shared.in_place)
     if call.into is not None:
         for mine, of_cache in zip(stores, call.into, strict=True):

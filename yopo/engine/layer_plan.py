@@ -76,7 +76,7 @@ class LayerPlan:
         # Of query heads that share keys and values (GQA) some may see and some be blind: then the
         # blind ones read the text in the store of the others, and none is held twice.
         shared = seeing.unflatten(0, (-1, per_kv)).any(1).repeat_interleave(per_kv)
-        kv = tuple((mask.nonzero().flatten() // per_kv).unique() for mask in (shared, ~shared))
+        kv = _kv_heads(shared, per_kv), _kv_heads(~shared, per_kv)
 
         def groups(seeing: Tensor, blind: Tensor) -> tuple[HeadGroup, ...]:
             made = []
@@ -90,8 +90,10 @@ class LayerPlan:
                     continue
                 place = torch.searchsorted(kv[store], q // per_kv)
                 straight = torch.equal(place, torch.arange(len(kv[store]), device="cpu"))
-                weighed = mass == "calibrated" and sight is not Sight.ALL
-                constants = plan.text_mass[layer][q] if weighed else None
+                constants = None
+                if mass == "calibrated" and sight is not Sight.ALL:
+                    assert plan.text_mass is not None  # a calibrated plan has it: PruningPlan
+                    constants = plan.text_mass[layer][q]
                 every = None if len(q) == plan.num_heads else q
                 made.append(HeadGroup(every, store, None if straight else place, sight, constants))
             return tuple(made)
@@ -102,7 +104,6 @@ class LayerPlan:
         runs_visual = below_cut or plan.cut_mass == "exact"
         visual = groups(seeing, blind) if runs_visual else ()
         whole = len(visual) == 1 and visual[0].q is None
-        none = torch.zeros(0, dtype=torch.int64, device="cpu")
         every_key = blind_sight is Sight.MASS
         values_of = None if len(kv[SEEN]) == kv_heads else kv[SEEN]
         return cls(
@@ -112,13 +113,24 @@ class LayerPlan:
             visual_values=(True, False),
             text=text,
             visual=visual,
-            text_order=None if len(text) == 1 else torch.cat([group.q for group in text]).argsort(),
-            visual_heads=None if whole else torch.cat([none, *(group.q for group in visual)]),
+            text_order=None if len(text) == 1 else _heads_in_turn(text).argsort(),
+            visual_heads=None if whole else _heads_in_turn(visual),
             # Where the stores together want the visual keys of all heads, one product makes them.
             visual_key_heads=None if every_key else values_of,
             visual_value_heads=values_of,
             runs_visual=runs_visual,
         )
+
+
+def _kv_heads(query_heads: Tensor, per_kv: int) -> Tensor:
+    """The key/value heads that `query_heads` (H,) bool read."""
+    return (query_heads.nonzero().flatten() // per_kv).unique()
+
+
+def _heads_in_turn(groups: tuple[HeadGroup, ...]) -> Tensor:
+    """The query heads of some groups, of which none has all, one group after the other."""
+    none = torch.zeros(0, dtype=torch.int64, device="cpu")
+    return torch.cat([none, *(group.q for group in groups if group.q is not None)])
 
 
 @dataclass(frozen=True)

@@ -77,13 +77,15 @@ class VisualLayout:
         all_grids = []
         for b in range(batch):
             columns = visual[b].nonzero().flatten()
-            goes_on = before is not None and width > 0 and bool(visual[b, 0])
-            open_cells = min(before._open_cells(b), len(columns)) if goes_on else 0
+            lacking = 0
+            if before is not None and width > 0 and bool(visual[b, 0]):
+                lacking = before._open_cells(b)
+            open_cells = min(lacking, len(columns))
             row_grids = list(known[b])
             pieces: list[tuple[int, int, int]] = []  # (image, first cell, cells)
             if open_cells:
                 rows, cols = row_grids[-1]
-                pieces.append((len(row_grids) - 1, rows * cols - before._open_cells(b), open_cells))
+                pieces.append((len(row_grids) - 1, rows * cols - lacking, open_cells))
             rest = columns[open_cells:]
             new = _square_runs(rest, b) if grids is None else _fill_grids(len(rest), grids[b], b)
             for grid, cells in new:
@@ -134,13 +136,16 @@ class VisualLayout:
             tail = VisualLayout.empty(self.visual.shape[0], missing)
             tails = (tail.visual, tail.image, tail.row, tail.col)
             taken = [torch.cat(pair, dim=1) for pair in zip(taken, tails, strict=True)]
-        return VisualLayout(*taken, self.grids)
+        visual, image, row, col = taken
+        return VisualLayout(visual, image, row, col, self.grids)
 
     def then(self, later: VisualLayout) -> VisualLayout:
         """This layout followed by `later`, whose grids go on from this one's."""
         fields = ("visual", "image", "row", "col")
-        joined = (torch.cat([getattr(self, f), getattr(later, f)], dim=1) for f in fields)
-        return VisualLayout(*joined, later.grids)
+        visual, image, row, col = (
+            torch.cat([getattr(self, f), getattr(later, f)], dim=1) for f in fields
+        )
+        return VisualLayout(visual, image, row, col, later.grids)
 
     def after(self, before: VisualLayout) -> VisualLayout:
         """This layout renumbered so that its images come after those of `before`."""
@@ -152,8 +157,8 @@ class VisualLayout:
     def rows(self, index: Tensor) -> VisualLayout:
         """The layout of the batch rows `index` (K,), in that order."""
         index = index.to("cpu")
-        taken = (x[index] for x in (self.visual, self.image, self.row, self.col))
-        return VisualLayout(*taken, tuple(self.grids[i] for i in index.tolist()))
+        visual, image, row, col = (x[index] for x in (self.visual, self.image, self.row, self.col))
+        return VisualLayout(visual, image, row, col, tuple(self.grids[i] for i in index.tolist()))
 
     def repeat_interleave(self, repeats: int) -> VisualLayout:
         """Each batch row `repeats` times in a row, as generate() does for beams and several return
@@ -187,7 +192,8 @@ def _fill_grids(tokens: int, grids: Sequence[Grid], b: int) -> list[tuple[Grid, 
     """Cell counts with which `tokens` visual tokens fill `grids` in turn; the last may stay
     incomplete.
     """
-    filled, left = [], tokens
+    filled: list[tuple[Grid, int]] = []
+    left = tokens
     for rows, cols in grids:
         if rows < 1 or cols < 1:
             raise ValueError(

@@ -8,7 +8,7 @@ every row of the batch has equally many tokens of the kind, and one gather other
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,13 +20,17 @@ def to_device(x: T, device: torch.device) -> T:
     """`x` with every tensor in it moved: a tensor, a tuple, a dataclass of these, or anything else
     as it is.
     """
+    return _moved(x, device)
+
+
+def _moved(x: Any, device: torch.device) -> Any:
     if isinstance(x, Tensor):
         # Towards the CPU, a copy that is not waited for could be read before it is there.
         return x.to(device, non_blocking=device.type != "cpu")
     if isinstance(x, tuple):
-        return tuple(to_device(part, device) for part in x)
-    if is_dataclass(x):
-        return replace(x, **{f.name: to_device(getattr(x, f.name), device) for f in fields(x)})
+        return tuple(_moved(part, device) for part in x)
+    if is_dataclass(x) and not isinstance(x, type):
+        return replace(x, **{f.name: _moved(getattr(x, f.name), device) for f in fields(x)})
     return x
 
 

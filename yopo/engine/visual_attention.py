@@ -205,10 +205,10 @@ def visual_attention(
     """Visual queries q, packed (N, H, D), over one store → (N, H, D)."""
     if isinstance(seen, Blocks):
         return _attend_blocks(q, visual, store, kv_index, sight, seen, scale, dropout)
-    if len(seen) == 1 and seen[0].packed is None:
-        return _attend_images(q, store, kv_index, sight, seen[0], scale, dropout)
-    out = torch.empty_like(q) if not q.requires_grad else torch.zeros_like(q)
+    out = q  # each group's output takes the place of its queries
     for group in seen:
+        if group.packed is None:  # all rows in order, so there is no other group
+            return _attend_images(q, store, kv_index, sight, group, scale, dropout)
         part = _attend_images(q[group.packed], store, kv_index, sight, group, scale, dropout)
         out = out.index_copy(0, group.packed, part)
     return out

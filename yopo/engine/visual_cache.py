@@ -32,8 +32,10 @@ class HeadStore:
     """
 
     def __init__(self) -> None:
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        # None until the first append. `| Any` and not `| None`: who reads a store has filled it,
+        # and every layer reads, so there is no check.
+        self._keys: Tensor | Any = None
+        self._values: Tensor | Any = None
         self.visual_keys = 0
         self.visual_values = 0
         self.text = 0
@@ -165,6 +167,12 @@ class VisualCache(DynamicCache):
 
     stores: list[tuple[HeadStore, HeadStore]]
     plan: PruningPlan
+    length: int
+    filling: bool
+    layout: VisualLayout
+    text_order: Tensor
+    visual_order: Tensor
+    valid: Tensor
 
     @classmethod
     def adopt(
@@ -260,8 +268,8 @@ class VisualCache(DynamicCache):
     def get_usable_length(self, new_seq_length: int, layer_idx: int | None = 0) -> int:
         return self.length
 
-    def get_max_length(self, layer_idx: int | None = None) -> None:
-        return None
+    def get_max_length(self, layer_idx: int | None = None) -> Any:
+        return None  # no limit; Any, since some versions say so by an int and annotate that
 
     def get_max_cache_shape(self, layer_idx: int | None = None) -> None:
         return None

@@ -9,8 +9,10 @@ weights are read when they are used: kept heads are gathered from them in whole 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +22,37 @@ from torch.nn.modules.module import _has_any_global_hook
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+class Attention(Protocol):
+    """What is read of a decoder layer's self-attention: a fused qkv_proj, or three projections.
+
+    Of an nn.Module's attributes no type is known before `is_plain` has looked."""
+
+    config: Any
+    head_dim: int
+    qkv_proj: Any
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    o_proj: Any
+    _modules: Any
+
+
+class GatedFFN(Protocol):
+    """What is read of a decoder layer's FFN: a fused gate_up_proj, or two projections."""
+
+    config: Any
+    gate_up_proj: Any
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
+
+
 @dataclass(frozen=True)
 class Rows:
     """A slice of a fused linear (Phi-3's qkv_proj and gate_up_proj), used as the linear it would be
     by itself."""
 
-    module: nn.Module
+    module: nn.Linear
     at: slice
 
     @property
@@ -50,7 +77,9 @@ class Called:
         return self.output
 
 
-Linear = nn.Module | Rows | Called
+# Of an nn.Linear here the weight may be read, or it is one of a pass that slices nothing and calls
+# whatever the module is.
+Linear = nn.Linear | Rows | Called
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -61,14 +90,13 @@ def is_watched(module: nn.Module) -> bool:
     return any(attributes.get(name) for name in _HOOKS)
 
 
-def is_plain(module: Linear) -> bool:
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the module's output is x @ weight.T + bias with a weight that can be read here and
     now, and nobody watches."""
-    if isinstance(module, Rows):
-        return is_plain(module.module)
     # A weight of another type is a tensor subclass: quantised in place, or sharded.
-    plain_weight = type(module) is nn.Linear and type(module.weight) is nn.Parameter
-    if not plain_weight or module.weight.is_meta or is_watched(module):
+    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
+        return False
+    if module.weight.is_meta or is_watched(module):
         return False
     # ZeRO-3 leaves an empty weight where a module's part is on other ranks.
     return module.weight.numel() > 0 or module.in_features * module.out_features == 0
@@ -89,27 +117,36 @@ def call(module: nn.Module, x: Tensor) -> Called:
     return Called(module(x))
 
 
-def to_qkv(attn: nn.Module, x: Tensor, sliced: bool) -> tuple[Linear, Linear, Linear]:
+def _plain_or_called(module: nn.Module, x: Tensor) -> nn.Linear | Called:
+    """The module where it can be sliced; else called, with all rows x (N, d) of the pass."""
+    return module if is_plain(module) else call(module, x)
+
+
+def to_qkv(attn: Attention, x: Tensor, sliced: bool) -> tuple[Linear, Linear, Linear]:
     """The projections to queries, keys and values. Where they are to be `sliced`, those that cannot
     be are called with x (N, d)."""
     if "qkv_proj" not in attn._modules:
-        modules = (attn.q_proj, attn.k_proj, attn.v_proj)
-        return tuple(m if not sliced or is_plain(m) else call(m, x) for m in modules)
-    kv = attn.config.num_key_value_heads * attn.head_dim
-    q = attn.config.num_attention_heads * attn.head_dim
-    return _split(attn.qkv_proj, x, q, kv, kv)
+        q, k, v = attn.q_proj, attn.k_proj, attn.v_proj
+        if not sliced:
+            return q, k, v
+        return _plain_or_called(q, x), _plain_or_called(k, x), _plain_or_called(v, x)
+    n_kv = attn.config.num_key_value_heads * attn.head_dim
+    n_q = attn.config.num_attention_heads * attn.head_dim
+    q, k, v = _split(attn.qkv_proj, x, n_q, n_kv, n_kv)
+    return q, k, v
 
 
-def to_gate_up(mlp: nn.Module, x: Tensor) -> tuple[Linear, Linear]:
+def to_gate_up(mlp: GatedFFN, x: Tensor) -> tuple[Linear, Linear]:
     """The gate and up projections; those that cannot be sliced are called with x (N, d)."""
     if not hasattr(mlp, "gate_up_proj"):
-        return tuple(m if is_plain(m) else call(m, x) for m in (mlp.gate_proj, mlp.up_proj))
+        return _plain_or_called(mlp.gate_proj, x), _plain_or_called(mlp.up_proj, x)
     size = mlp.config.intermediate_size
-    return _split(mlp.gate_up_proj, x, size, size)
+    gate, up = _split(mlp.gate_up_proj, x, size, size)
+    return gate, up
 
 
 def _split(fused: nn.Module, x: Tensor, *sizes: int) -> tuple[Linear, ...]:
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    ends = itertools.accumulate(sizes)
     parts = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
     if is_plain(fused):
         return tuple(Rows(fused, part) for part in parts)
@@ -117,18 +154,16 @@ def _split(fused: nn.Module, x: Tensor, *sizes: int) -> tuple[Linear, ...]:
     return tuple(Called(output[..., part]) for part in parts)
 
 
-def activation(mlp: nn.Module) -> Callable[[Tensor], Tensor]:
+def activation(mlp: GatedFFN) -> Callable[[Tensor], Tensor]:
     """The activation of a gated FFN; Liger's FFNs have none as a module, and compute SiLU."""
     return getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None) or F.silu
 
 
 def project_to_heads(
     linear: Linear, x: Tensor, n_text: int, heads: Tensor | None, head_dim: int
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """x (N, d), text rows first → text rows (Nt, H, D) of all heads, and visual rows (Nv, H', D) of
-    `heads`, None: all; None for these where there are none."""
-    if n_text == len(x):
-        return linear(x).unflatten(-1, (-1, head_dim)), None
+    `heads`, None: all."""
     if heads is None or isinstance(linear, Called):
         every = linear(x).unflatten(-1, (-1, head_dim))
         text, visual = every[:n_text], every[n_text:]
@@ -138,8 +173,8 @@ def project_to_heads(
         return rows.unflatten(0, (-1, head_dim)).index_select(0, heads).flatten(0, 1)
 
     bias = None if linear.bias is None else kept(linear.bias)
-    visual = F.linear(x[n_text:], kept(linear.weight), bias)
-    return tuple(y.unflatten(-1, (-1, head_dim)) for y in (linear(x[:n_text]), visual))
+    visual = F.linear(x[n_text:], kept(linear.weight), bias).unflatten(-1, (-1, head_dim))
+    return linear(x[:n_text]).unflatten(-1, (-1, head_dim)), visual
 
 
 def project_from_heads(
@@ -149,17 +184,16 @@ def project_from_heads(
     (N, d)."""
     if visual is None:
         return linear(text.flatten(1))
-    if heads is not None and not is_plain(linear):
+    if heads is not None and is_plain(linear):
+        kept = linear.weight.unflatten(1, (text.shape[1], -1)).index_select(1, heads).flatten(1)
+        return torch.cat([linear(text.flatten(1)), F.linear(visual.flatten(1), kept, linear.bias)])
+    if heads is not None:
         visual = visual.new_zeros(len(visual), *text.shape[1:]).index_copy(1, heads, visual)
-        heads = None
-    if heads is None:
-        every = torch.cat([text, visual]).flatten(1)
-        return linear(every) if is_plain(linear) else call(linear, every).output
-    kept = linear.weight.unflatten(1, (text.shape[1], -1)).index_select(1, heads).flatten(1)
-    return torch.cat([linear(text.flatten(1)), F.linear(visual.flatten(1), kept, linear.bias)])
+    every = torch.cat([text, visual]).flatten(1)
+    return linear(every) if is_plain(linear) else call(linear, every).output
 
 
-def gated_ffn(mlp: nn.Module, x: Tensor, n_text: int, neurons: int) -> Tensor:
+def gated_ffn(mlp: GatedFFN, x: Tensor, n_text: int, neurons: int) -> Tensor:
     """x (N, d) → (N, d): rows from `n_text` on use only the first `neurons` of the gate, up and
     down projections.
 
@@ -167,15 +201,15 @@ def gated_ffn(mlp: nn.Module, x: Tensor, n_text: int, neurons: int) -> Tensor:
     """
     gate, up = to_gate_up(mlp, x)
     down, act = mlp.down_proj, activation(mlp)
-    called = isinstance(gate, Called) or isinstance(up, Called) or not is_plain(down)
-    if called or (isinstance(act, nn.Module) and is_watched(act)):
+    watched = isinstance(act, nn.Module) and is_watched(act)
+    if isinstance(gate, Called) or isinstance(up, Called) or watched or not is_plain(down):
         hidden = act(gate(x)) * up(x)
         used = torch.arange(hidden.shape[1], device=x.device) < neurons
         text = torch.arange(x.shape[0], device=x.device) < n_text
         return call(down, hidden.masked_fill(~(used[None, :] | text[:, None]), 0)).output
 
     def part(rows: Tensor, of: slice) -> Tensor:
-        def linear(module: Linear) -> Tensor:
+        def linear(module: nn.Linear | Rows) -> Tensor:
             return F.linear(
                 rows, module.weight[of], None if module.bias is None else module.bias[of]
             )
