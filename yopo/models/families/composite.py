@@ -216,10 +216,11 @@ def _layout(
                 visual[b, here] = torch.tensor(image.cells, dtype=torch.bool)
                 rows[b].append((int(here[0]), image))
                 at += len(here)
-        if waiting and cached and not found.any():
+        if waiting and cached:
             raise ValueError(
-                "images are given, but the new tokens have no image tokens, and the cache holds an "
-                "image already: for a further turn about it leave the images (pixel_values) out"
+                f"{len(waiting)} of {len(images)} images given have no image tokens among the new "
+                "tokens, and the cache holds an image already: for a further turn leave the images "
+                "that it holds (their pixel_values) out"
             )
         if waiting:
             raise ValueError(
