@@ -4,11 +4,8 @@ cannot be used is said in one line."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -369,38 +366,3 @@ def test_a_damaged_checkpoint_of_a_family_is_one_line(
     folder = copied(own, tmp_path)
     damage(folder)
     refused(ask(folder, own.parent / "picture.png"), message, capsys)
-
-
-# --------------------------------------------------------------------------- images from elsewhere
-
-
-@pytest.fixture
-def server(own: Path) -> Iterator[str]:
-    """The address of a server that has picture.png, and nothing else."""
-    picture = (own.parent / "picture.png").read_bytes()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200 if self.path == "/picture.png" else 404)
-            self.end_headers()
-            self.wfile.write(picture if self.path == "/picture.png" else b"not here")
-
-        def log_message(self, *_: Any) -> None:
-            """Says nothing."""
-
-    serving = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=serving.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{serving.server_port}"
-    serving.shutdown()
-    serving.server_close()
-
-
-def test_an_image_may_be_an_address(
-    own: Path, server: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    here = answered(own, own.parent / "picture.png", capsys)
-    there = answered(own, f"{server}/picture.png", capsys)
-    assert there[:3] == here[:3]
-    refused(ask(own, f"{server}/no.png"), "cannot be fetched: HTTP Error 404", capsys)
-    refused(ask(own, "http://127.0.0.1:1/no.png"), "cannot be fetched", capsys)

@@ -565,7 +565,6 @@ def run(*command: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         text=True,
         input=stdin,
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
-        timeout=300,
     )
 
 

@@ -316,7 +316,6 @@ def run(script: str, **environment: str) -> str:
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path, **environment},
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -11,6 +11,8 @@ import argparse
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -104,24 +106,22 @@ def _ask_transformers(args: argparse.Namespace, image: Path, device: str) -> Any
 def _ask_llava(args: argparse.Namespace, image: Path, device: str) -> Any:
     """Has LLaVA's command line print question and answer; returns the meter."""
     llava_cli = _llava_cli()
-    meters: list[Any] = []
-    _put_in(llava_cli, args, meters)
     name = Path(args.model_path).name
-    llava_cli.main(
-        argparse.Namespace(
-            model_path=args.model_path,
-            model_base=None,
-            image_file=str(image),
-            device=device,
-            # LLaVA goes by "v1" in the name, which the released llava-1.5-… do not have.
-            conv_mode="llava_v1" if re.search("llava-1.5|v1", name, re.IGNORECASE) else None,
-            temperature=0,
-            max_new_tokens=args.max_new_tokens,
-            load_8bit=False,
-            load_4bit=False,
-            debug=False,
-        )
+    given = argparse.Namespace(
+        model_path=args.model_path,
+        model_base=None,
+        image_file=str(image),
+        device=device,
+        # LLaVA goes by "v1" in the name, which the released llava-1.5-… do not have.
+        conv_mode="llava_v1" if re.search("llava-1.5|v1", name, re.IGNORECASE) else None,
+        temperature=0,
+        max_new_tokens=args.max_new_tokens,
+        load_8bit=False,
+        load_4bit=False,
+        debug=False,
     )
+    with _put_in(llava_cli, args) as meters:
+        llava_cli.main(given)
     return meters[0]
 
 
@@ -138,12 +138,14 @@ def _llava_cli() -> ModuleType:
         ) from error
 
 
-def _put_in(llava_cli: ModuleType, args: argparse.Namespace, meters: list[Any]) -> None:
-    """Puts args.question where LLaVA's command line reads the user's, and watches its model."""
+@contextmanager
+def _put_in(llava_cli: ModuleType, args: argparse.Namespace) -> Iterator[list[Any]]:
+    """Puts args.question where LLaVA's command line reads the user's, and a meter on its model,
+    which the list yielded gets."""
     from safetensors import SafetensorError
 
     load = llava_cli.load_pretrained_model
-    questions = [args.question]
+    questions, meters = [args.question], []
 
     def load_and_tell(*load_args: Any, **load_kwargs: Any) -> Any:
         from llava.constants import IMAGE_TOKEN_INDEX
@@ -165,3 +167,8 @@ def _put_in(llava_cli: ModuleType, args: argparse.Namespace, meters: list[Any]) 
 
     llava_cli.load_pretrained_model = load_and_tell
     llava_cli.input = ask  # found before the builtin
+    try:
+        yield meters
+    finally:
+        llava_cli.load_pretrained_model = load
+        del llava_cli.input
