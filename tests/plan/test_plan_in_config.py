@@ -36,6 +36,13 @@ def test_a_config_without_a_plan_gives_none(monkeypatch):
     assert PruningPlan.from_config(config()) is None
 
 
+@pytest.mark.parametrize("sizes", [{}, {"num_attention_heads": 0}, {"intermediate_size": [8, 16]}])
+def test_the_sizes_of_a_model_without_a_plan_are_not_judged(sizes):
+    """Some families give one for each layer."""
+    whole = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    assert PruningPlan.from_config(sizes and whole | sizes) is None
+
+
 def test_a_composite_config_is_read_through_its_language_model():
     class Composite:
         def __init__(self, text_config: object) -> None:

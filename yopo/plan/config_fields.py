@@ -57,7 +57,8 @@ def released_values(config: Any) -> dict[str, Any]:
     `text_config` say different things.
     """
     layers = heads = None
-    if tells_sizes(config):
+    there = any(get(h, field) is not None for _, h in _holders(config) for field in RELEASED_FIELDS)
+    if there and tells_sizes(config):  # what sizes a model without a plan has is not ours to judge
         layers, heads, _ = model_sizes(config)
     found: dict[str, tuple[str, Any]] = {}
     for place, holder in _holders(config):
