@@ -12,7 +12,7 @@ install_missing "${TEST_NEEDS[@]}" "${NEWEST_NEEDS[@]}"
 cd "$ROOT"
 "$PY" -m ruff check .
 "$PY" -m ruff format --check .
-"$PY" -m mypy yopo/plan yopo/engine # counting/plan_picture.py: not clean yet
+"$PY" -m mypy
 "$PY" -m pytest -q "${TEST_PROCESSES[@]}" -m "not llava and not versions"
 "$PY" -m pytest -q "${TEST_PROCESSES[@]}" -m "llava and not versions"
 bash scripts/wheel.sh

@@ -12,6 +12,7 @@ which are more (it attends in bands, masked pairs included).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +119,7 @@ def _layer(shape: Any, layer: LayerPlan, neurons: int, work: Work) -> LayerFlops
     vector = 2 * dim  # of a query with a key, or of a probability with a value
     neuron = 6 * hidden  # gate, up and down
 
-    def attention(groups: Any, products: dict[Sight, int]) -> int:
+    def attention(groups: Any, products: Mapping[Sight, int]) -> int:
         taking = (heads if group.q is None else len(group.q) for group in groups)
         return vector * sum(
             n * products[group.sight] for n, group in zip(taking, groups, strict=True)

@@ -31,7 +31,7 @@ PARTS = (  # of a layer's FLOPs: label, keys, colour
     ("visual projections", ("visual_projections",), "#7fc4a4"),
     ("visual attention", ("visual_attention",), "#e08214"),
 )
-SAVED = dict(facecolor="none", edgecolor="#c9c9c9", hatch="////", linewidth=0.5)
+SAVED: dict[str, Any] = dict(facecolor="none", edgecolor="#c9c9c9", hatch="////", linewidth=0.5)
 
 
 def draw(file: Path, setting: Setting, result: dict[str, Any]) -> None:
