@@ -269,5 +269,6 @@ def attention_is_switchable() -> bool:
 
 def auto_tokenizer_ignores_class() -> bool:
     """Whether AutoTokenizer goes by config.model_type against the tokenizer_class that a checkpoint
-    names: from 5 on, if it knows that model_type; before, the named class won."""
-    return Version(transformers.__version__).release >= (5,)
+    names, if it knows that model_type, and so to other ids: from 5 to 5.23; before, the named class
+    won, and from 5.24 on what it makes of tokenizer.model follows that file's own settings."""
+    return (5,) <= _release() < (5, 24)

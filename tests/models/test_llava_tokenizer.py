@@ -98,7 +98,6 @@ def test_ids_of_a_prompt(folder: Callable[..., Path]) -> None:
     llava_tokenizer.install()
     tokenizer = AutoTokenizer.from_pretrained(folder(model_type="llava"), use_fast=False)
     assert tokenizer(TEXTS[0]).input_ids[:2] == [1, 270]  # transformers 4.36.2
-    assert "Llama" in type(tokenizer).__name__
 
 
 def test_class_named_in_the_config_only(folder: Callable[..., Path]) -> None:
