@@ -18,6 +18,7 @@ from yopo import apply, plan_of, remove
 from yopo.modeling_llama_prune import LlamaForCausalLM
 from yopo.models.told import call
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.versions import CACHE_FIELD
 
 SHAPE = Shape(attention_bias=True)
 IDS = torch.randint(1, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -165,7 +166,7 @@ def test_long_text_is_text(stock: Any, n: int) -> None:
         part = ours(input_ids=ids[:, :-2], use_cache=True).past_key_values
         stocks = stock(input_ids=ids[:, :-2], use_cache=True).past_key_values
         step = ids[:, -2:]
-        same(ours(step, past_key_values=part), stock(step, past_key_values=stocks))
+        same(ours(step, **{CACHE_FIELD: part}), stock(step, **{CACHE_FIELD: stocks}))
 
 
 @torch.no_grad()
