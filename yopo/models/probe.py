@@ -24,7 +24,7 @@ from yopo.engine.layout import VisualLayout
 from yopo.engine.visual_cache import VisualCache
 from yopo.models.exchange import derive, original_of, parameters_of, put
 from yopo.models.layers import PrunedLayer, call_layer, layer_in, stock_forward
-from yopo.plan.pruning_plan import PruningPlan
+from yopo.plan.pruning_plan import RELEASED_FIELDS, PruningPlan
 from yopo.versions import newer_than_tested, rope
 
 TOLERANCE = 1e-3  # of the largest value, in float32; other arithmetic differs by 0.01 and more
@@ -171,7 +171,7 @@ def _shrunk(config: Any) -> Any:
         setattr(small, name, [getattr(config, name)[i] for i in chosen])
     small.num_hidden_layers = len(chosen)
     small.vocab_size, small.pad_token_id = 8, 0
-    for name in ("yopo", "quantization_config"):
+    for name in ("yopo", *RELEASED_FIELDS, "quantization_config"):
         vars(small).pop(name, None)
     if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
         small._attn_implementation = "sdpa"
