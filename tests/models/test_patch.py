@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -21,6 +22,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, PreTraine
 import yopo
 from yopo import modeling_llama_prune as ours
 from yopo import versions as _compat
+from yopo.models import probe
 from yopo.models.decoder import PrunedDecoder
 from yopo.plan.pruning_plan import PruningPlan
 
@@ -282,6 +284,18 @@ def test_a_corrupt_plan_is_an_error(patch: Any) -> None:
     config.yopo = {"format": 99}
     with pytest.raises(ValueError, match="format is 99"):
         AutoModelForCausalLM.from_config(config)
+
+
+def test_released_fields_are_a_plan_and_the_probe_s_twin_has_none(
+    patch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = PruningPlan(PLAN.head_keep, window=3, layer_cut=1, ffn_ratio=2)
+    np.save(tmp_path / "headmask_7b_1.npy", plan.head_keep.numpy())
+    monkeypatch.setenv("YOPO_HEADMASK_DIR", str(tmp_path))
+    monkeypatch.setattr(probe, "_VERDICTS", {})
+    released = dict(attncut_w=3, layercut_num=1, headcut_num=1, mlpcut_ratio=2, sprompt_len=5)
+    assert is_pruned(StockCausalLM(config_with(None, **released)), StockCausalLM, plan)
+    assert [verdict.failed for verdict in probe._VERDICTS.values()] == [None]
 
 
 @pytest.mark.parametrize("patched", [True, False])
