@@ -1,0 +1,138 @@
+"""Two processes with a model in parts, or a copy each: as one process with a whole model, or refused
+by name. A hang fails by gloo's own patience (processes.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+from packaging.version import Version
+from processes import COUNT, Processes
+from random_families import KINDS
+from sharded import (
+    Outcome,
+    Setting,
+    alone,
+    heads_split_by_hand,
+    in_fsdp,
+    in_fsdp_by_transformers,
+    remove_in_parts,
+    split,
+)
+
+import yopo
+
+TOLERANCE = 1e-5
+
+pytestmark = pytest.mark.skipif(
+    not KINDS["llava-llama"].exists, reason="this transformers is older than the families' support"
+)
+expected = lru_cache(maxsize=None)(alone)
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    made = Processes(tmp_path_factory.mktemp("processes"))
+    yield made
+    made.stop()
+
+
+def check(found: list[Outcome], setting: Setting, tolerance: float = TOLERANCE) -> None:
+    whole = Setting(setting.kind, setting.images, setting.masses)
+    for ours, theirs in zip(found, expected(whole), strict=True):
+        for mine, right in zip(ours.answers, theirs.answers, strict=True):
+            assert (mine - right).abs().max() < tolerance
+        assert abs(ours.loss - theirs.loss) < tolerance
+        assert ours.weights.keys() == theirs.weights.keys()
+        for name, weight in ours.weights.items():
+            assert (weight - theirs.weights[name]).abs().max() < tolerance, name
+
+
+needs_fsdp = pytest.mark.skipif(
+    Version(torch.__version__).release < (2, 6), reason="fully_shard is new in torch 2.6"
+)
+needs_loading_in_parts = pytest.mark.skipif(
+    importlib.util.find_spec("transformers.distributed.mixin") is None,
+    reason="this transformers does not shard while it loads",
+)
+ONE_IMAGE = Setting(images="first only", masses=("drop", "drop"))
+
+
+@needs_fsdp
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(),
+        Setting(masses=("drop", "drop"), apply="after"),
+        Setting(checkpointing=True),
+        ONE_IMAGE,
+        replace(ONE_IMAGE, checkpointing=True, apply="after"),
+        Setting(kind="internvl-phi3"),
+        Setting(options=(("reshard_after_forward", False),)),
+        Setting(options=(("offload", True),)),
+        Setting(options=(("parts", ("self_attn", "mlp")),), apply="after"),
+        Setting(options=(("parts", ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")),)),
+    ],
+    ids=str,
+)
+def test_fsdp_is_one_process(setting: Setting, processes: Processes) -> None:
+    check(processes.run(in_fsdp, setting), setting)
+
+
+@needs_fsdp
+@pytest.mark.parametrize("images", ["both", "first only"])
+def test_fsdp_in_bfloat16_is_near(images: str, processes: Processes) -> None:
+    setting = Setting(images=images, options=(("bfloat16", True),))
+    check(processes.run(in_fsdp, setting), setting, tolerance=0.2)
+
+
+@needs_fsdp
+def test_a_plan_is_taken_off_a_sharded_model_or_stays(processes: Processes) -> None:
+    assert processes.run(remove_in_parts, Setting(apply="after")) == [""] * COUNT
+    for said in processes.run(remove_in_parts, Setting()):
+        assert "as FSDP2's fully_shard does" in said and "remove the plan before that" in said
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    setting, made = Setting(), tmp_path_factory.mktemp("pruned")
+    yopo.apply(setting.model(), setting.plan).save_pretrained(made)
+    return str(made)
+
+
+@needs_loading_in_parts
+def test_a_pruned_checkpoint_loaded_in_parts(processes: Processes, folder: str) -> None:
+    setting = Setting(apply="by loading")
+    check(processes.run(in_fsdp_by_transformers, setting, folder), setting)
+
+
+@needs_loading_in_parts
+@pytest.mark.parametrize("when", ["by loading", "after"])
+@pytest.mark.parametrize("how", ["tp_plan", "tensors", "layers"])
+def test_models_split_by_transformers_are_refused(
+    how: str, when: str, processes: Processes, folder: str
+) -> None:
+    for said in processes.run(split, Setting(apply=when), folder, how):
+        assert "TypeError: this LlavaForConditionalGeneration is split over processes" in said
+        assert ("pipeline" if how == "layers" else "tensor") in said and "Load it whole" in said
+
+
+@needs_fsdp
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    ],
+    ids=["heads", "neurons"],
+)
+def test_projections_split_by_hand_are_refused(
+    parts: tuple[str, ...], when: str, processes: Processes
+) -> None:
+    for said in processes.run(heads_split_by_hand, Setting(apply=when), parts):
+        assert "split over processes" in said and "Load the model whole" in said
