@@ -1,5 +1,5 @@
-"""Two processes with a model in parts, or a copy each: as one process with a whole model, or refused
-by name. A hang fails by gloo's own patience (processes.py)."""
+"""Two processes with a model in parts, or a copy each: as one process with a whole model, or
+refused by name. A hang fails by gloo's own patience (processes.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
+import layouts
 import pytest
 import torch
 from packaging.version import Version
@@ -17,11 +20,12 @@ from sharded import (
     Outcome,
     Setting,
     alone,
-    heads_split_by_hand,
+    in_ddp,
     in_fsdp,
     in_fsdp_by_transformers,
     remove_in_parts,
     split,
+    split_by_hand,
 )
 
 import yopo
@@ -74,6 +78,7 @@ ONE_IMAGE = Setting(images="first only", masses=("drop", "drop"))
         Setting(kind="internvl-phi3"),
         Setting(options=(("reshard_after_forward", False),)),
         Setting(options=(("offload", True),)),
+        Setting(options=(("decoder", True),), apply="after"),
         Setting(options=(("parts", ("self_attn", "mlp")),), apply="after"),
         Setting(options=(("parts", ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")),)),
     ],
@@ -112,13 +117,28 @@ def test_a_pruned_checkpoint_loaded_in_parts(processes: Processes, folder: str) 
 
 @needs_loading_in_parts
 @pytest.mark.parametrize("when", ["by loading", "after"])
-@pytest.mark.parametrize("how", ["tp_plan", "tensors", "layers"])
-def test_models_split_by_transformers_are_refused(
-    how: str, when: str, processes: Processes, folder: str
+@pytest.mark.parametrize("given", [{"tp_plan": "auto"}, {"tp_size": COUNT}], ids=str)
+def test_tensor_parallelism_of_transformers_is_refused(
+    given: dict[str, Any], when: str, processes: Processes, folder: str
 ) -> None:
-    for said in processes.run(split, Setting(apply=when), folder, how):
+    setting = Setting(apply=when)
+    for said in processes.run(split, setting, type(setting.model()), folder, given):
         assert "TypeError: this LlavaForConditionalGeneration is split over processes" in said
-        assert ("pipeline" if how == "layers" else "tensor") in said and "Load it whole" in said
+        assert "tensor" in said and "Load it whole" in said
+
+
+@needs_loading_in_parts
+@pytest.mark.parametrize("when", ["by loading", "after"])
+def test_pipeline_parallelism_of_transformers_is_refused(
+    when: str, processes: Processes, tmp_path: Path
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    model = layouts.build(layouts.SHAPE, None, LlamaForCausalLM)
+    yopo.apply(model, Setting().plan).save_pretrained(tmp_path)
+    given = {"distributed_config": {"pp_size": COUNT}}
+    for said in processes.run(split, Setting(apply=when), LlamaForCausalLM, str(tmp_path), given):
+        assert "TypeError: this LlamaForCausalLM is split over processes by pipeline" in said
 
 
 @needs_fsdp
@@ -134,5 +154,20 @@ def test_models_split_by_transformers_are_refused(
 def test_projections_split_by_hand_are_refused(
     parts: tuple[str, ...], when: str, processes: Processes
 ) -> None:
-    for said in processes.run(heads_split_by_hand, Setting(apply=when), parts):
+    for said in processes.run(split_by_hand, Setting(apply=when), parts):
         assert "split over processes" in said and "Load the model whole" in said
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(apply="after"),
+        ONE_IMAGE,
+        replace(ONE_IMAGE, checkpointing=True),
+        replace(ONE_IMAGE, options=(("find_unused_parameters", True),)),
+        replace(ONE_IMAGE, options=(("static_graph", True),)),
+    ],
+    ids=str,
+)
+def test_a_copy_in_each_process_is_one_process(setting: Setting, processes: Processes) -> None:
+    check(processes.run(in_ddp, setting), setting)

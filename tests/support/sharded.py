@@ -43,12 +43,15 @@ class Setting:
         return a_plan(head_mass=self.masses[0], cut_mass=self.masses[1])
 
     def model(self) -> Any:
-        """Without the plan. The tower is frozen, as LLaVA trains it; where one process sees no
-        image the projector, too: torch waits for gradients that are not there, pruned or not."""
-        model = build(KINDS[self.kind])
-        frozen = ["vision_tower"] + ["projector"] * (self.images == "first only")
+        """Without the plan."""
+        return self.frozen(build(KINDS[self.kind]))
+
+    def frozen(self, model: Any) -> Any:
+        """With the tower frozen, as LLaVA trains; where one process sees no image the projector,
+        too: torch waits for gradients that are not there, pruned or not."""
+        names = ["vision_tower"] + ["projector"] * (self.images == "first only")
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not any(part in name for part in frozen))
+            parameter.requires_grad_(not any(part in name for part in names))
         return model
 
     def batch(self, rank: int) -> Batch:
@@ -73,7 +76,7 @@ def patched() -> Iterator[None]:
 
 def answers(model: Any, batch: Batch) -> Tensor:
     """Logits at the tokens, twice: without a cache and with one."""
-    given = batch.inputs(model)
+    given = batch.inputs(getattr(model, "module", model))
     with torch.no_grad():
         outs = [model(**given, use_cache=cached).logits for cached in (False, True)]
     return torch.stack([out[batch.mask.bool()] for out in outs]).float()
@@ -81,7 +84,8 @@ def answers(model: Any, batch: Batch) -> Tensor:
 
 def loss_of(model: Any, batch: Batch, cached: bool) -> Tensor:
     labels = batch.ids.masked_fill(batch.mask == 0, -100)
-    return model(**batch.inputs(model), labels=labels, use_cache=cached).loss
+    given = batch.inputs(getattr(model, "module", model))
+    return model(**given, labels=labels, use_cache=cached).loss
 
 
 @dataclass
@@ -134,11 +138,12 @@ def stepped(
 
 
 def in_fsdp(rank: int, setting: Setting) -> Outcome:
-    """FSDP2: every layer, then what is around them; "parts": which modules before."""
+    """FSDP2: every layer, then all that is around them. "parts": of layers, by themselves;
+    "decoder": so is it, and the token embeddings, which are called from outside it."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     options = dict(setting.options)
-    parts = options.pop("parts", ())
+    parts, decoder_too = options.pop("parts", ()), options.pop("decoder", False)
     if options.pop("bfloat16", False):
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     if options.pop("offload", False):
@@ -146,7 +151,9 @@ def in_fsdp(rank: int, setting: Setting) -> Outcome:
 
     def put_in_parts(model: Any) -> Any:
         chosen = [layer.get_submodule(part) for layer in layers_of(model) for part in parts]
-        for module in (*chosen, *layers_of(model), model.model.language_model, model):
+        stack = model.model.language_model
+        decoder = (stack.embed_tokens, stack) if decoder_too else ()
+        for module in (*chosen, *stack.layers, *decoder, model):
             fully_shard(module, **options)
         return model
 
@@ -169,7 +176,7 @@ def in_fsdp_by_transformers(rank: int, setting: Setting, folder: str) -> Outcome
     def put_in_parts(model: Any) -> Any:
         config = DistributedConfig(fsdp_size=COUNT)
         with patched():
-            return type(model).from_pretrained(folder, distributed_config=config).eval()
+            return setting.frozen(model.from_pretrained(folder, distributed_config=config).eval())
 
     return stepped(setting, rank, put_in_parts, whole_weights)
 
@@ -197,28 +204,20 @@ def remove_in_parts(rank: int, setting: Setting) -> str:
     return ""
 
 
-def split(rank: int, setting: Setting, folder: str, how: str) -> str:
-    """What is said of a model that transformers' parallelism splits."""
-    from transformers.distributed import DistributedConfig
-
-    given = {
-        "tp_plan": dict(tp_plan="auto"),
-        "tensors": dict(distributed_config=DistributedConfig(tp_size=COUNT)),
-        "layers": dict(distributed_config=DistributedConfig(pp_size=COUNT)),
-    }[how]
-    cls = type(setting.model())
+def split(rank: int, setting: Setting, model: Any, folder: str, given: dict[str, Any]) -> str:
+    """What is said of a `model` that transformers' parallelism splits while it loads it."""
     try:
         if setting.apply == "after":
-            yopo.apply(cls.from_pretrained(folder, **given), setting.plan)
+            yopo.apply(model.from_pretrained(folder, **given), setting.plan)
         else:
             with patched():
-                cls.from_pretrained(folder, **given)
+                model.from_pretrained(folder, **given)
     except (TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
 
-def heads_split_by_hand(rank: int, setting: Setting, parts: tuple[str, ...]) -> str:
+def split_by_hand(rank: int, setting: Setting, parts: tuple[str, ...]) -> str:
     """What is said at an image where torch's own parallelize_module split projections."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import (
@@ -227,7 +226,7 @@ def heads_split_by_hand(rank: int, setting: Setting, parts: tuple[str, ...]) -> 
         parallelize_module,
     )
 
-    model, batch = setting.model(), setting.batch(rank)
+    model = setting.model()
     if setting.apply == "before":
         yopo.apply(model, setting.plan)
     ways = {"o_proj": RowwiseParallel, "down_proj": RowwiseParallel}
@@ -237,7 +236,20 @@ def heads_split_by_hand(rank: int, setting: Setting, parts: tuple[str, ...]) -> 
     if setting.apply == "after":
         yopo.apply(model, setting.plan)
     try:
-        answers(model, batch)
+        answers(model, setting.batch(0))  # each sees all rows
     except (TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def in_ddp(rank: int, setting: Setting) -> Outcome:
+    """DistributedDataParallel: a whole copy each."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    def whole(model: Any) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in model.module.named_parameters()}
+
+    def put_in_parts(model: Any) -> Any:
+        return DistributedDataParallel(model, **dict(setting.options))
+
+    return stepped(setting, rank, put_in_parts, whole)

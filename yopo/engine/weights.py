@@ -40,7 +40,6 @@ class Attention(Protocol):
 class GatedFFN(Protocol):
     """What is read of a decoder layer's FFN: a fused gate_up_proj, or two projections."""
 
-    config: Any
     gate_up_proj: Any
     gate_proj: Any
     up_proj: Any
@@ -93,13 +92,14 @@ def is_watched(module: nn.Module) -> bool:
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the module's output is x @ weight.T + bias with a weight that can be read here and
     now, and nobody watches."""
+    if type(module) is not nn.Linear or is_watched(module):
+        return False
+    # Not module.weight: under DeepSpeed's ZeRO-3 (ds_id) to read it there is to gather it, which
+    # waits for all processes, and some may have no image. Nor are its gradients known of unless the
+    # module is called.
+    weight = module._parameters.get("weight")
     # A weight of another type is a tensor subclass: quantised in place, or sharded.
-    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
-        return False
-    if module.weight.is_meta or is_watched(module):
-        return False
-    # ZeRO-3 leaves an empty weight where a module's part is on other ranks.
-    return module.weight.numel() > 0 or module.in_features * module.out_features == 0
+    return type(weight) is nn.Parameter and not weight.is_meta and not hasattr(weight, "ds_id")
 
 
 def call(module: nn.Module, x: Tensor) -> Called:
@@ -136,11 +136,11 @@ def to_qkv(attn: Attention, x: Tensor, sliced: bool) -> tuple[Linear, Linear, Li
     return q, k, v
 
 
-def to_gate_up(mlp: GatedFFN, x: Tensor) -> tuple[Linear, Linear]:
-    """The gate and up projections; those that cannot be sliced are called with x (N, d)."""
+def to_gate_up(mlp: GatedFFN, x: Tensor, size: int) -> tuple[Linear, Linear]:
+    """The gate and up projections, to `size` neurons each; those that cannot be sliced are called
+    with x (N, d)."""
     if not hasattr(mlp, "gate_up_proj"):
         return _plain_or_called(mlp.gate_proj, x), _plain_or_called(mlp.up_proj, x)
-    size = mlp.config.intermediate_size
     gate, up = _split(mlp.gate_up_proj, x, size, size)
     return gate, up
 
@@ -159,13 +159,23 @@ def activation(mlp: GatedFFN) -> Callable[[Tensor], Tensor]:
     return getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None) or F.silu
 
 
+def to_heads(output: Tensor, count: int, head_dim: int) -> Tensor:
+    """What a projection gave, (N, H·D), by heads: (N, H, D). Raises ValueError unless H = count."""
+    if output.shape[-1] != count * head_dim:
+        raise ValueError(
+            f"a projection gives {output.shape[-1] // head_dim} heads, the model has {count}: they "
+            "are split over processes (tensor parallelism), or were taken out. Load the model whole"
+        )
+    return output.unflatten(-1, (count, head_dim))
+
+
 def project_to_heads(
-    linear: Linear, x: Tensor, n_text: int, heads: Tensor | None, head_dim: int
+    linear: Linear, x: Tensor, n_text: int, heads: Tensor | None, count: int, head_dim: int
 ) -> tuple[Tensor, Tensor]:
-    """x (N, d), text rows first → text rows (Nt, H, D) of all heads, and visual rows (Nv, H', D) of
-    `heads`, None: all."""
+    """x (N, d), text rows first → text rows (Nt, H, D) of all heads, `count` many, and visual rows
+    (Nv, H', D) of `heads`, None: all."""
     if heads is None or isinstance(linear, Called):
-        every = linear(x).unflatten(-1, (-1, head_dim))
+        every = to_heads(linear(x), count, head_dim)
         text, visual = every[:n_text], every[n_text:]
         return text, visual if heads is None else visual.index_select(1, heads)
 
@@ -174,7 +184,7 @@ def project_to_heads(
 
     bias = None if linear.bias is None else kept(linear.bias)
     visual = F.linear(x[n_text:], kept(linear.weight), bias).unflatten(-1, (-1, head_dim))
-    return linear(x[:n_text]).unflatten(-1, (-1, head_dim)), visual
+    return to_heads(linear(x[:n_text]), count, head_dim), visual
 
 
 def project_from_heads(
@@ -193,17 +203,23 @@ def project_from_heads(
     return linear(every) if is_plain(linear) else call(linear, every).output
 
 
-def gated_ffn(mlp: GatedFFN, x: Tensor, n_text: int, neurons: int) -> Tensor:
+def gated_ffn(mlp: GatedFFN, x: Tensor, n_text: int, neurons: int, of_all: int) -> Tensor:
     """x (N, d) → (N, d): rows from `n_text` on use only the first `neurons` of the gate, up and
-    down projections.
+    down projections' `of_all`.
 
     Plain weights are read once: the first neurons multiply all rows, the rest the text rows alone.
+    Raises ValueError where there are not that many.
     """
-    gate, up = to_gate_up(mlp, x)
+    gate, up = to_gate_up(mlp, x, of_all)
     down, act = mlp.down_proj, activation(mlp)
     watched = isinstance(act, nn.Module) and is_watched(act)
     if isinstance(gate, Called) or isinstance(up, Called) or watched or not is_plain(down):
         hidden = act(gate(x)) * up(x)
+        if hidden.shape[1] != of_all:
+            raise ValueError(
+                f"the FFN has {hidden.shape[1]} neurons here, the model {of_all}: they are split "
+                "over processes (tensor parallelism), or were taken out. Load the model whole"
+            )
         used = torch.arange(hidden.shape[1], device=x.device) < neurons
         text = torch.arange(x.shape[0], device=x.device) < n_text
         return call(down, hidden.masked_fill(~(used[None, :] | text[:, None]), 0)).output
