@@ -23,6 +23,7 @@ from sharded import (
     in_ddp,
     in_fsdp,
     in_fsdp_by_transformers,
+    in_zero,
     remove_in_parts,
     split,
     split_by_hand,
@@ -48,8 +49,10 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
 def check(found: list[Outcome], setting: Setting, tolerance: float = TOLERANCE) -> None:
     whole = Setting(setting.kind, setting.images, setting.masses)
     for ours, theirs in zip(found, expected(whole), strict=True):
-        for mine, right in zip(ours.answers, theirs.answers, strict=True):
-            assert (mine - right).abs().max() < tolerance
+        for mine, right in ((ours.before, theirs.before), (ours.after, theirs.after)):
+            assert (mine[0] - right[0]).abs().max() < tolerance
+            if tolerance == TOLERANCE:
+                assert torch.equal(mine[1], right[1])
         assert abs(ours.loss - theirs.loss) < tolerance
         assert ours.weights.keys() == theirs.weights.keys()
         for name, weight in ours.weights.items():
@@ -75,6 +78,7 @@ ONE_IMAGE = Setting(images="first only", masses=("drop", "drop"))
         Setting(checkpointing=True),
         ONE_IMAGE,
         replace(ONE_IMAGE, checkpointing=True, apply="after"),
+        replace(ONE_IMAGE, kind="llama"),
         Setting(kind="internvl-phi3"),
         Setting(options=(("reshard_after_forward", False),)),
         Setting(options=(("offload", True),)),
@@ -171,3 +175,32 @@ def test_projections_split_by_hand_are_refused(
 )
 def test_a_copy_in_each_process_is_one_process(setting: Setting, processes: Processes) -> None:
     check(processes.run(in_ddp, setting), setting)
+
+
+@pytest.fixture(scope="module")
+def zero_processes(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Processes]:
+    """Of their own: what DeepSpeed sets up lasts as long as the process."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    made = Processes(tmp_path_factory.mktemp("zero"))
+    yield made
+    made.stop()
+
+
+@pytest.mark.parametrize("leaf", [False, True], ids=["modules", "layers"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(),
+        Setting(masses=("drop", "drop"), checkpointing=True, apply="after"),
+        Setting("internvl-phi3"),
+        # The tower would be gathered for by one process only, pruned or not.
+        replace(ONE_IMAGE, kind="llama"),
+        replace(ONE_IMAGE, kind="llama", checkpointing=True, apply="after"),
+    ],
+    ids=str,
+)
+def test_zero_3_is_one_process(setting: Setting, leaf: bool, zero_processes: Processes) -> None:
+    setting = replace(setting, options=(("leaf", leaf),))
+    check(zero_processes.run(in_zero, setting), setting)

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import layouts
 import torch
 from family_checks import a_plan
 from processes import COUNT
-from random_families import KINDS, Batch, build, make
-from torch import Tensor, nn
+from random_families import KINDS, build, make
+from torch import Tensor
 
 import yopo
 from yopo.plan.pruning_plan import PruningPlan
@@ -27,9 +28,21 @@ BATCHES = {
 
 
 @dataclass(frozen=True)
+class Seen:
+    """One process's batch: the arguments of forward, and labels (-100 at padding)."""
+
+    given: dict[str, Any]
+    labels: Tensor
+
+
+@dataclass(frozen=True)
 class Setting:
-    """images: which of BATCHES. masses: of the plan. checkpointing: of gradients. apply: the plan
-    "before" or "after" the model is put in parts. options: of what puts it in parts."""
+    """What is trained, and how.
+
+    kind: of random_families.py, or "llama" by itself, given embeddings. images: which of BATCHES.
+    masses: of the plan. checkpointing: of gradients. apply: the plan "before" or "after" the model
+    is put in parts. options: of what puts it in parts.
+    """
 
     kind: str = "llava-llama"
     images: str = "both"
@@ -44,6 +57,10 @@ class Setting:
 
     def model(self) -> Any:
         """Without the plan."""
+        if self.kind == "llama":
+            from transformers import LlamaForCausalLM
+
+            return layouts.build(layouts.SHAPE, None, LlamaForCausalLM)
         return self.frozen(build(KINDS[self.kind]))
 
     def frozen(self, model: Any) -> Any:
@@ -54,12 +71,25 @@ class Setting:
             parameter.requires_grad_(not any(part in name for part in names))
         return model
 
-    def batch(self, rank: int) -> Batch:
-        return make(KINDS[self.kind], BATCHES[self.images][rank], pads=None, seed=rank)
+    def seen(self, rank: int) -> Seen:
+        rows = BATCHES[self.images][rank]
+        if self.kind == "llama":
+            sides = {"text": lambda n: ("text", n), "image": lambda _: ("image", 3, 3, False)}
+            laid = [[sides[what](number) for what, number in row] for row in rows]
+            case = layouts.make_case(laid, layouts.SHAPE.heads * layouts.HEAD_DIM, seed=rank)
+            generator = torch.Generator().manual_seed(rank)
+            labels = torch.randint(layouts.VOCAB, case.shape, generator=generator)
+            # Of embeddings without a gradient DeepSpeed frees the first layer before its backward.
+            case.inputs_embeds.requires_grad_()
+            return Seen(case.kwargs(), labels.masked_fill(~case.valid, -100))
+        batch = make(KINDS[self.kind], rows, seed=rank)
+        # Positions are not this model's business: stock makes them.
+        given = batch.inputs(None, positions=False)
+        return Seen(given, batch.ids.masked_fill(batch.mask == 0, -100))
 
 
-def layers_of(model: Any) -> nn.ModuleList:
-    return model.model.language_model.layers
+def stack_of(model: Any) -> Any:
+    return getattr(model.model, "language_model", model.model)
 
 
 @contextmanager
@@ -74,25 +104,26 @@ def patched() -> Iterator[None]:
         patch.undo()
 
 
-def answers(model: Any, batch: Batch) -> Tensor:
-    """Logits at the tokens, twice: without a cache and with one."""
-    given = batch.inputs(getattr(model, "module", model))
+def answers(model: Any, seen: Seen) -> tuple[Tensor, Tensor]:
+    """Logits at the tokens, without a cache and with one; and the tokens that are generated."""
+    inner = getattr(model, "module", model)
     with torch.no_grad():
-        outs = [model(**given, use_cache=cached).logits for cached in (False, True)]
-    return torch.stack([out[batch.mask.bool()] for out in outs]).float()
+        outs = [model(**seen.given, use_cache=cached).logits for cached in (False, True)]
+        tokens = inner.generate(**seen.given, max_new_tokens=3, do_sample=False)
+    return torch.stack([out[seen.labels >= 0] for out in outs]).float(), tokens
 
 
-def loss_of(model: Any, batch: Batch, cached: bool) -> Tensor:
-    labels = batch.ids.masked_fill(batch.mask == 0, -100)
-    given = batch.inputs(getattr(model, "module", model))
-    return model(**given, labels=labels, use_cache=cached).loss
+def loss_of(model: Any, seen: Seen, cached: bool) -> Tensor:
+    return model(**seen.given, labels=seen.labels, use_cache=cached).loss
 
 
 @dataclass
 class Outcome:
-    """answers: before and after the step; loss: of the step; weights: after it, whole, by name."""
+    """before, after: the answers on both sides of the step; loss: of it; weights: after it, whole,
+    by name."""
 
-    answers: tuple[Tensor, Tensor]
+    before: tuple[Tensor, Tensor]
+    after: tuple[Tensor, Tensor]
     loss: float
     weights: dict[str, Tensor]
 
@@ -100,41 +131,51 @@ class Outcome:
 def alone(setting: Setting) -> list[Outcome]:
     """What each process should find, in one process with a whole model."""
     model = yopo.apply(setting.model(), setting.plan)
-    batches = [setting.batch(rank) for rank in range(COUNT)]
-    before = [answers(model, batch) for batch in batches]
+    every = [setting.seen(rank) for rank in range(COUNT)]
+    before = [answers(model, seen) for seen in every]
     model.train()
-    losses = [loss_of(model, batch, False) for batch in batches]
+    losses = [loss_of(model, seen, False) for seen in every]
     torch.stack(losses).mean().backward()
     torch.optim.SGD(model.parameters(), lr=RATE).step()
     model.eval()
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    after = [answers(model, batch) for batch in batches]
+    after = [answers(model, seen) for seen in every]
     return [
-        Outcome((b, a), loss.item(), weights)
-        for b, a, loss in zip(before, after, losses, strict=True)
+        Outcome(*of_one, loss.item(), weights)
+        for *of_one, loss in zip(before, after, losses, strict=True)
     ]
 
 
 def stepped(
-    setting: Setting, rank: int, put_in_parts: Callable[[Any], Any], whole: Callable[[Any], Any]
+    setting: Setting,
+    rank: int,
+    put_in_parts: Callable[[Any], Any],
+    whole: Callable[[Any], dict[str, Tensor]],
+    step: Callable[[Any, Tensor], None] | None = None,
 ) -> Outcome:
-    """The same by a model that `put_in_parts` made of a whole one; `whole` has its weights."""
+    """The same by a model that `put_in_parts` made of a whole one; `whole` gives its weights,
+    `step` takes a step down the loss."""
     model = setting.model()
     if setting.apply == "before":
         yopo.apply(model, setting.plan)
     parts = put_in_parts(model)
     if setting.apply == "after":
         yopo.apply(parts, setting.plan)
-    if setting.checkpointing:
-        model.gradient_checkpointing_enable()
-    batch = setting.batch(rank)
-    before = answers(parts, batch)
-    parts.train()
-    loss = loss_of(parts, batch, setting.checkpointing)
-    loss.backward()
-    torch.optim.SGD(parts.parameters(), lr=RATE).step()
     parts.eval()
-    return Outcome((before, answers(parts, batch)), loss.item(), whole(parts))
+    seen = setting.seen(rank)
+    before = answers(parts, seen)
+    parts.train()
+    if setting.checkpointing:
+        getattr(parts, "module", parts).gradient_checkpointing_enable()
+    loss = loss_of(parts, seen, setting.checkpointing)
+    (step or _step)(parts, loss)
+    parts.eval()
+    return Outcome(before, answers(parts, seen), loss.item(), whole(parts))
+
+
+def _step(model: Any, loss: Tensor) -> None:
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=RATE).step()
 
 
 def in_fsdp(rank: int, setting: Setting) -> Outcome:
@@ -150,8 +191,8 @@ def in_fsdp(rank: int, setting: Setting) -> Outcome:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
 
     def put_in_parts(model: Any) -> Any:
-        chosen = [layer.get_submodule(part) for layer in layers_of(model) for part in parts]
-        stack = model.model.language_model
+        chosen = [layer.get_submodule(part) for layer in stack_of(model).layers for part in parts]
+        stack = stack_of(model)
         decoder = (stack.embed_tokens, stack) if decoder_too else ()
         for module in (*chosen, *stack.layers, *decoder, model):
             fully_shard(module, **options)
@@ -186,21 +227,22 @@ def remove_in_parts(rank: int, setting: Setting) -> str:
     from torch.distributed.fsdp import fully_shard
 
     model = setting.model()
-    batch, dense = setting.batch(rank), answers(model, setting.batch(rank))
+    seen = setting.seen(rank)
+    dense, _ = answers(model, seen)
     if setting.apply == "before":
         yopo.apply(model, setting.plan)
-    for layer in layers_of(model):
+    for layer in stack_of(model).layers:
         fully_shard(layer)
     if setting.apply == "after":
         yopo.apply(model, setting.plan)
-    pruned = answers(model, batch)
+    pruned, _ = answers(model, seen)
     assert not torch.equal(pruned, dense)
     try:
         yopo.remove(model)
     except ValueError as error:
-        assert torch.equal(answers(model, batch), pruned), "a refused remove changed the model"
+        assert torch.equal(answers(model, seen)[0], pruned), "a refused remove changed the model"
         return str(error)
-    assert torch.equal(answers(model, batch), dense)
+    assert torch.equal(answers(model, seen)[0], dense)
     return ""
 
 
@@ -231,12 +273,12 @@ def split_by_hand(rank: int, setting: Setting, parts: tuple[str, ...]) -> str:
         yopo.apply(model, setting.plan)
     ways = {"o_proj": RowwiseParallel, "down_proj": RowwiseParallel}
     styles = {part: ways.get(part.rpartition(".")[2], ColwiseParallel)() for part in parts}
-    for layer in layers_of(model):
+    for layer in stack_of(model).layers:
         parallelize_module(layer, init_device_mesh("cpu", (COUNT,)), styles)
     if setting.apply == "after":
         yopo.apply(model, setting.plan)
     try:
-        answers(model, setting.batch(0))  # each sees all rows
+        answers(model, setting.seen(0))  # each sees all rows
     except (TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -253,3 +295,34 @@ def in_ddp(rank: int, setting: Setting) -> Outcome:
         return DistributedDataParallel(model, **dict(setting.options))
 
     return stepped(setting, rank, put_in_parts, whole)
+
+
+def in_zero(rank: int, setting: Setting) -> Outcome:
+    """DeepSpeed's ZeRO-3; "leaf": its unit is a whole layer."""
+    import deepspeed
+
+    def put_in_parts(model: Any) -> Any:
+        if dict(setting.options).get("leaf"):
+            deepspeed.utils.set_z3_leaf_modules(model, [type(stack_of(model).layers[0])])
+        trained = [p for p in model.parameters() if p.requires_grad]
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        }
+        optimizer = torch.optim.SGD(trained, lr=RATE)
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+    def step(engine: Any, loss: Tensor) -> None:
+        engine.backward(loss)
+        engine.step()
+
+    def whole(engine: Any) -> dict[str, Tensor]:
+        weights = {}
+        for name, parameter in engine.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                weights[name] = parameter.detach().clone()
+        return weights
+
+    return stepped(setting, rank, put_in_parts, whole, step)

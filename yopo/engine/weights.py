@@ -136,13 +136,15 @@ def to_qkv(attn: Attention, x: Tensor, sliced: bool) -> tuple[Linear, Linear, Li
     return q, k, v
 
 
-def to_gate_up(mlp: GatedFFN, x: Tensor, size: int) -> tuple[Linear, Linear]:
-    """The gate and up projections, to `size` neurons each; those that cannot be sliced are called
-    with x (N, d)."""
-    if not hasattr(mlp, "gate_up_proj"):
-        return _plain_or_called(mlp.gate_proj, x), _plain_or_called(mlp.up_proj, x)
-    gate, up = _split(mlp.gate_up_proj, x, size, size)
-    return gate, up
+def _gate_up(mlp: GatedFFN, size: int) -> tuple[nn.Linear | Rows, nn.Linear | Rows] | None:
+    """The gate and up projections, to `size` neurons each; None unless both can be sliced."""
+    if hasattr(mlp, "gate_up_proj"):
+        fused = mlp.gate_up_proj
+        if not is_plain(fused):
+            return None
+        return Rows(fused, slice(0, size)), Rows(fused, slice(size, 2 * size))
+    gate, up = mlp.gate_proj, mlp.up_proj
+    return (gate, up) if is_plain(gate) and is_plain(up) else None
 
 
 def _split(fused: nn.Module, x: Tensor, *sizes: int) -> tuple[Linear, ...]:
@@ -210,19 +212,14 @@ def gated_ffn(mlp: GatedFFN, x: Tensor, n_text: int, neurons: int, of_all: int) 
     Plain weights are read once: the first neurons multiply all rows, the rest the text rows alone.
     Raises ValueError where there are not that many.
     """
-    gate, up = to_gate_up(mlp, x, of_all)
-    down, act = mlp.down_proj, activation(mlp)
+    act, down, linears = activation(mlp), mlp.down_proj, _gate_up(mlp, of_all)
     watched = isinstance(act, nn.Module) and is_watched(act)
-    if isinstance(gate, Called) or isinstance(up, Called) or watched or not is_plain(down):
-        hidden = act(gate(x)) * up(x)
-        if hidden.shape[1] != of_all:
-            raise ValueError(
-                f"the FFN has {hidden.shape[1]} neurons here, the model {of_all}: they are split "
-                "over processes (tensor parallelism), or were taken out. Load the model whole"
-            )
-        used = torch.arange(hidden.shape[1], device=x.device) < neurons
+    if linears is None or watched or not is_plain(down):
+        hidden = _called_neurons(mlp, act, x, of_all)
+        used = torch.arange(of_all, device=x.device) < neurons
         text = torch.arange(x.shape[0], device=x.device) < n_text
         return call(down, hidden.masked_fill(~(used[None, :] | text[:, None]), 0)).output
+    gate, up = linears
 
     def part(rows: Tensor, of: slice) -> Tensor:
         def linear(module: nn.Linear | Rows) -> Tensor:
@@ -236,3 +233,21 @@ def gated_ffn(mlp: GatedFFN, x: Tensor, n_text: int, neurons: int, of_all: int) 
     text = out[:n_text] + part(x[:n_text], slice(neurons, None))
     out = torch.cat([text, out[n_text:]])
     return out if down.bias is None else out + down.bias
+
+
+def _called_neurons(mlp: GatedFFN, act: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
+    """The `size` neurons (N, I) of all rows, by modules called in the order in which an unpruned
+    FFN calls them: under ZeRO-3 a process without an image does so at the same time."""
+    if hasattr(mlp, "gate_up_proj"):
+        fused = call(mlp.gate_up_proj, x).output
+        gate, up = fused.tensor_split(2, dim=-1)
+        hidden = act(gate) * up
+    else:
+        hidden = act(call(mlp.gate_proj, x).output)
+        hidden = hidden * call(mlp.up_proj, x).output
+    if hidden.shape[1] != size:
+        raise ValueError(
+            f"the FFN has {hidden.shape[1]} neurons here, the model {size}: they are split over "
+            "processes (tensor parallelism), or were taken out. Load the model whole"
+        )
+    return hidden
