@@ -70,6 +70,7 @@ class Processes:
 def _serve(rank: int, meeting: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(COUNT)}
+    os.environ["DS_ACCELERATOR"] = "cpu"
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=COUNT, timeout=PATIENCE
     )

@@ -94,12 +94,14 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     now, and nobody watches."""
     if type(module) is not nn.Linear or is_watched(module):
         return False
-    # Not module.weight: under DeepSpeed's ZeRO-3 (ds_id) to read it there is to gather it, which
-    # waits for all processes, and some may have no image. Nor are its gradients known of unless the
-    # module is called.
+    # Not module.weight: under DeepSpeed's ZeRO-3 to read a weight that is elsewhere is to gather
+    # it, which waits for all processes, and some may have no image.
     weight = module._parameters.get("weight")
     # A weight of another type is a tensor subclass: quantised in place, or sharded.
-    return type(weight) is nn.Parameter and not weight.is_meta and not hasattr(weight, "ds_id")
+    if type(weight) is not nn.Parameter or weight.is_meta:
+        return False
+    # ZeRO-3 leaves an empty weight where a module's part is on other ranks.
+    return weight.numel() > 0 or module.in_features * module.out_features == 0
 
 
 def call(module: nn.Module, x: Tensor) -> Called:
