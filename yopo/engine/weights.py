@@ -8,7 +8,6 @@ weights are read when they are used: kept heads are gathered from them in whole 
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,17 +104,7 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def call(module: nn.Module, x: Tensor) -> Called:
-    """Calls a module that cannot be sliced, with all rows x (N, d) of the pass.
-
-    Raises ValueError for PEFT's adapter_names: they name an adapter for each row of the batch, and
-    here there are none, only packed tokens."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, functools.partial) and "adapter_names" in hook.keywords:
-            raise ValueError(
-                "adapter_names gives each row of the batch an adapter of its own, which a pruned "
-                "pass over packed rows cannot follow: call the model once for each adapter "
-                "(model.set_adapter), or without the plan (yopo.remove)"
-            )
+    """Calls a module that cannot be sliced, with all rows x (N, d) of the pass."""
     return Called(module(x))
 
 
