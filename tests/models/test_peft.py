@@ -9,11 +9,13 @@ import sys
 import textwrap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from family_checks import a_plan, mixed
 from random_families import HERE, KINDS, build, make, stack_of
 from torch import Tensor, nn
@@ -190,6 +192,16 @@ def test_an_adapter_for_the_end_of_each_row_is_refused_at_an_image_and_stock_wit
     assert torch.equal(adapted(**text).logits, with_lora(base(), **config)(**text).logits)
 
 
+def test_adapters_that_are_mixed_by_row_are_refused_at_an_image() -> None:
+    config = peft.PolyConfig(target_modules=EVERY, r=2, n_tasks=2, task_type="CAUSAL_LM")
+    adapted = shaken(peft.get_peft_model(base(PLAN), config))
+    tasks = torch.tensor([0, 1, 0])
+    with pytest.raises(ValueError, match="the adapter of type POLY treats each row"):
+        adapted(**INPUTS, task_ids=tasks)
+    with adapted.disable_adapter():
+        assert (logits(adapted) - logits(base(PLAN))).abs().max() < 1e-5
+
+
 def test_eight_threads_are_one_after_the_other() -> None:
     adapted = with_lora(base(PLAN), target_modules=EVERY)
     made = [make(KIND, mixed(KIND), seed=seed) for seed in range(4)]
@@ -230,6 +242,30 @@ def test_trained_prompts_go_before_the_image() -> None:
         expected = inner.lm_head(ours)
     valid = BATCH.mask.bool()
     assert (found - expected)[valid].abs().max() < 1e-5
+
+
+def test_an_adapter_on_four_bit_weights(tmp_path: Path) -> None:
+    """bitsandbytes' layers are called, with all rows: as the same weights, dequantised."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    bits = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    base().save_pretrained(tmp_path / "base")
+    load = partial(type(base()).from_pretrained, tmp_path / "base", quantization_config=bits)
+    plain = yopo.apply(load().dequantize().float().eval(), PLAN)
+    assert type(stack_of(plain).layers[0].mlp.up_proj) is nn.Linear
+    quantised = yopo.apply(load().eval(), PLAN)
+    assert (logits(quantised) - logits(plain)).abs().max() < 1e-4
+    found = []
+    for model in (quantised, plain):
+        adapted = with_lora(peft.prepare_model_for_kbit_training(model), target_modules=EVERY)
+        adapted.train()(**INPUTS, labels=LABELS, use_cache=False).loss.backward()
+        found.append([p.grad for name, p in adapted.named_parameters() if "lora_" in name])
+    assert len(found[0]) == 2 * 7 * len(stack_of(plain).layers)
+    assert all((a - b).abs().max() < 1e-4 for a, b in zip(*found, strict=True))
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(load(), tmp_path / "adapter")
+    assert yopo.plan_of(loaded) == PLAN
 
 
 # ------------------------------------------------------------------------- the plan goes with them

@@ -145,9 +145,9 @@ def _refuse(
         )
     if (by_row := BY_ROW.get()) is not None:
         raise ValueError(
-            f"{by_row} treats each row of the batch by an adapter of its own, which a pruned pass "
-            "over packed rows cannot follow: call the model once for each adapter "
-            "(model.set_adapter), or without the plan (yopo.remove)"
+            f"{by_row} treats each row of the batch in its own way, which a pruned pass over "
+            "packed rows cannot follow: call the model once for each adapter (model.set_adapter), "
+            "or without the plan (yopo.remove)"
         )
     attentions, states = (
         _flag(given, name, config) for name in ("output_attentions", "output_hidden_states")

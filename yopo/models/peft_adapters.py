@@ -37,7 +37,9 @@ _PLACE = (
     "local_files_only",
 )  # in a Hub's repository
 
+# Arguments, and kinds of adapters, that treat rows or tokens of the batch apart.
 _BY_ROW = ("adapter_names", "alora_offsets")
+_KINDS_BY_ROW = ("POLY", "XLORA")
 
 Apply = Callable[[Any, PruningPlan], Any]
 
@@ -243,6 +245,9 @@ def _telling(stock: Callable[..., Any]) -> Callable[..., Any]:
     @contextmanager
     def _enable_peft_forward_hooks(self: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
         by_row = next((name for name in _BY_ROW if kwargs.get(name) is not None), None)
+        kind = getattr(getattr(self, "active_peft_config", None), "peft_type", None)
+        if kind in _KINDS_BY_ROW and getattr(self, "has_active_enabled_adapter", True):
+            by_row = f"the adapter of type {kind.value}"
         if by_row is None:
             with stock(self, *args, **kwargs):
                 yield
