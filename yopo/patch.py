@@ -4,7 +4,8 @@
 No name in transformers is replaced but AutoTokenizer's loader on 5.x, see llava_tokenizer.py: each
 model is asked in `post_init`, and once more at the end of `from_pretrained`, for those that do not
 come by it. So it does not matter whether LLaVA, or what else derives from transformers' classes,
-was imported before or after, and a model without a plan stays what it is.
+was imported before or after, and a model without a plan stays what it is. How plans go with
+adapters, once peft is imported, is peft_adapters.py's.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def enable() -> None:
         return
     require_transformers()
     # After the version check: these cannot even be imported on a foreign transformers.
+    from yopo.models.attach import apply
     from yopo.models.building import prune_loaded
+    from yopo.models.peft_adapters import accompany_adapters
 
     stock = {name: vars(PreTrainedModel)[name] for name in _NAMES}
 
@@ -53,17 +56,22 @@ def enable() -> None:
     PreTrainedModel.post_init = post_init
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)
     llava_tokenizer.install()
+    accompany_adapters(apply)
 
 
 def undo() -> None:
     """Leaves transformers as it was before enable(); does nothing when not enabled.
 
     Models made meanwhile stay what they are: one that was loaded with a plan goes on by it. LLaVA's
-    classes keep their wrapped methods (original_llava.py), which hand everything through for models
-    without a plan.
+    classes keep their wrapped methods (original_llava.py), and peft's (peft_adapters.py): these
+    hand everything through for models without a plan.
     """
     if not _stock:
         return
+    # Not at the top: where enable() could not work it cannot be imported.
+    from yopo.models.peft_adapters import leave_transformers
+
+    leave_transformers()
     for name in _NAMES:
         setattr(PreTrainedModel, name, _stock[name])
     llava_tokenizer.uninstall()

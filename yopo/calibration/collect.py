@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -247,7 +248,7 @@ class _Watch:
         valid = torch.ones(1, n, dtype=torch.bool, device="cpu")
         how = engine.Run(call_layer, keep_cache=False)
         for cut in range(len(layers)):
-            rest = LayerPlans(whole.plans[cut:], whole.neurons, whole.head_dim, 0.0)
+            rest = replace(whole, plans=whole.plans[cut:], dropout=0.0)
             cache = VisualCache.adopt(None, plan, 1, valid[:, :0], rest.kv_heads())
             index = engine.prepare(VisualLayout.empty(1, n), valid, cache, plan)
             text = self._text_rows[cut][None, :n]

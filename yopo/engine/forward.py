@@ -101,6 +101,7 @@ def run(
         scale=plans.head_dim**-0.5,
         dropout=how.dropout,
         neurons=plans.neurons,
+        ffn_size=plans.ffn_size,
         in_place=in_place,
         observer=OBSERVER.get(),
     )

@@ -17,7 +17,14 @@ from yopo.engine.packing import Packing
 from yopo.engine.text_attention import TextSight, text_attention
 from yopo.engine.visual_attention import Blocks, ImageGroup, visual_attention
 from yopo.engine.visual_cache import HeadStore
-from yopo.engine.weights import Attention, Linear, project_from_heads, project_to_heads, to_qkv
+from yopo.engine.weights import (
+    Attention,
+    Linear,
+    project_from_heads,
+    project_to_heads,
+    to_heads,
+    to_qkv,
+)
 
 Stores = tuple[HeadStore, HeadStore]
 
@@ -44,7 +51,7 @@ class Shared:
     """What the layers of one forward share, on one device.
 
     cos, sin: (Nt + Nv, 1, D), text rows first.
-    neurons: of the FFN that visual rows use; None: all.
+    neurons: of the FFN's `ffn_size` that visual rows use; None: all.
     in_place: the stores are the cache's own, with room for later tokens; else each layer fills
         copies, so that it can be run again (gradients, checkpointing).
     observer: see forward.OBSERVER.
@@ -57,6 +64,7 @@ class Shared:
     scale: float
     dropout: float
     neurons: int | None
+    ffn_size: int
     in_place: bool
     observer: Callable[..., None] | None = None
 
@@ -100,42 +108,35 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend_layer(attn: Attention, x: Tensor, call: LayerCall) -> Tensor:
     """Self-attention on normed rows x (N, d), text first → (N, d). Fills the stores."""
     plan, shared = call.plan, call.shared
-    n_text = len(shared.index.text)
+    n_text, head_dim = len(shared.index.text), shared.head_dim
+    n_q, n_kv = plan.heads, sum(map(len, plan.kv))
     cos, sin = shared.cos[: len(x)], shared.sin[: len(x)]
     stores = call.stores
     if not shared.in_place:
         stores = stores[0].fork(), stores[1].fork()
 
-    def turned(linear: Linear, heads: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Rotated text rows of all heads, and visual rows of `heads`."""
+    def turned(linear: Linear, heads: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+        """Rotated text rows of all heads, `count` many, and visual rows of `heads`."""
         if heads is None:
-            every = rotate(linear(x).unflatten(-1, (-1, shared.head_dim)), cos, sin)
+            every = rotate(to_heads(linear(x), count, head_dim), cos, sin)
             return every[:n_text], every[n_text:]
-        text, visual = project_to_heads(linear, x, n_text, heads, shared.head_dim)
+        text, visual = project_to_heads(linear, x, n_text, heads, count, head_dim)
         return rotate(text, cos[:n_text], sin[:n_text]), rotate(visual, cos[n_text:], sin[n_text:])
 
     sliced = n_text < len(x)
     q_proj, k_proj, v_proj = to_qkv(attn, x, sliced)
     visual_q: Tensor | None
     visual_k: Tensor | None
-    visual_v: Tensor | None = None
+    visual_v: Tensor | None
     if sliced:
-        q, visual_q = turned(q_proj, plan.visual_heads)
-        k, visual_k = turned(k_proj, plan.visual_key_heads)
+        q, visual_q = turned(q_proj, plan.visual_heads, n_q)
+        k, visual_k = turned(k_proj, plan.visual_key_heads, n_kv)
+        v, visual_v = project_to_heads(v_proj, x, n_text, plan.visual_value_heads, n_kv, head_dim)
     else:
-        both = [linear(x).unflatten(-1, (-1, shared.head_dim)) for linear in (q_proj, k_proj)]
-        heads = [each.shape[1] for each in both]
-        q, k = rotate(torch.cat(both, dim=1), cos, sin).split(heads, dim=1)
-        visual_q = visual_k = None
-    if q.shape[1] != plan.heads:
-        raise ValueError(
-            f"q_proj gives {q.shape[1]} heads where the plan has {plan.heads}: the heads are split "
-            "over processes (tensor parallelism, tp_plan), or were taken out. Load the model whole"
-        )
-    if sliced:
-        v, visual_v = project_to_heads(v_proj, x, n_text, plan.visual_value_heads, shared.head_dim)
-    else:
-        v = v_proj(x).unflatten(-1, (-1, shared.head_dim))
+        both = [to_heads(q_proj(x), n_q, head_dim), to_heads(k_proj(x), n_kv, head_dim)]
+        q, k = rotate(torch.cat(both, dim=1), cos, sin).split([n_q, n_kv], dim=1)
+        v = to_heads(v_proj(x), n_kv, head_dim)
+        visual_q = visual_k = visual_v = None
     _fill(stores, plan, shared.index, (k, v), (visual_k, visual_v), shared.in_place)
     if call.into is not None:
         for mine, of_cache in zip(stores, call.into, strict=True):

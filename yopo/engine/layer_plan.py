@@ -140,6 +140,7 @@ class LayerPlans:
 
     plans: list[LayerPlan]
     neurons: int | None  # None: all
+    ffn_size: int
     head_dim: int
     dropout: float
 
@@ -151,6 +152,7 @@ class LayerPlans:
         return cls(
             plans=[LayerPlan.build(plan, layer, kv_heads) for layer in range(plan.num_layers)],
             neurons=None if neurons == config.intermediate_size else neurons,
+            ffn_size=config.intermediate_size,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             dropout=getattr(config, "attention_dropout", 0.0) or 0.0,
         )

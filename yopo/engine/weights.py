@@ -8,7 +8,6 @@ weights are read when they are used: kept heads are gathered from them in whole 
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +39,6 @@ class Attention(Protocol):
 class GatedFFN(Protocol):
     """What is read of a decoder layer's FFN: a fused gate_up_proj, or two projections."""
 
-    config: Any
     gate_up_proj: Any
     gate_proj: Any
     up_proj: Any
@@ -93,27 +91,20 @@ def is_watched(module: nn.Module) -> bool:
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the module's output is x @ weight.T + bias with a weight that can be read here and
     now, and nobody watches."""
-    # A weight of another type is a tensor subclass: quantised in place, or sharded.
-    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
+    if type(module) is not nn.Linear or is_watched(module):
         return False
-    if module.weight.is_meta or is_watched(module):
+    # Not module.weight: under DeepSpeed's ZeRO-3 to read a weight that is elsewhere is to gather
+    # it, which waits for all processes, and some may have no image.
+    weight = module._parameters.get("weight")
+    # A weight of another type is a tensor subclass: quantised in place, or sharded.
+    if type(weight) is not nn.Parameter or weight.is_meta:
         return False
     # ZeRO-3 leaves an empty weight where a module's part is on other ranks.
-    return module.weight.numel() > 0 or module.in_features * module.out_features == 0
+    return weight.numel() > 0 or module.in_features * module.out_features == 0
 
 
 def call(module: nn.Module, x: Tensor) -> Called:
-    """Calls a module that cannot be sliced, with all rows x (N, d) of the pass.
-
-    Raises ValueError for PEFT's adapter_names: they name an adapter for each row of the batch, and
-    here there are none, only packed tokens."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, functools.partial) and "adapter_names" in hook.keywords:
-            raise ValueError(
-                "adapter_names gives each row of the batch an adapter of its own, which a pruned "
-                "pass over packed rows cannot follow: call the model once for each adapter "
-                "(model.set_adapter), or without the plan (yopo.remove)"
-            )
+    """Calls a module that cannot be sliced, with all rows x (N, d) of the pass."""
     return Called(module(x))
 
 
@@ -136,13 +127,15 @@ def to_qkv(attn: Attention, x: Tensor, sliced: bool) -> tuple[Linear, Linear, Li
     return q, k, v
 
 
-def to_gate_up(mlp: GatedFFN, x: Tensor) -> tuple[Linear, Linear]:
-    """The gate and up projections; those that cannot be sliced are called with x (N, d)."""
-    if not hasattr(mlp, "gate_up_proj"):
-        return _plain_or_called(mlp.gate_proj, x), _plain_or_called(mlp.up_proj, x)
-    size = mlp.config.intermediate_size
-    gate, up = _split(mlp.gate_up_proj, x, size, size)
-    return gate, up
+def _gate_up(mlp: GatedFFN, size: int) -> tuple[nn.Linear | Rows, nn.Linear | Rows] | None:
+    """The gate and up projections, to `size` neurons each; None unless both can be sliced."""
+    if hasattr(mlp, "gate_up_proj"):
+        fused = mlp.gate_up_proj
+        if not is_plain(fused):
+            return None
+        return Rows(fused, slice(0, size)), Rows(fused, slice(size, 2 * size))
+    gate, up = mlp.gate_proj, mlp.up_proj
+    return (gate, up) if is_plain(gate) and is_plain(up) else None
 
 
 def _split(fused: nn.Module, x: Tensor, *sizes: int) -> tuple[Linear, ...]:
@@ -159,13 +152,23 @@ def activation(mlp: GatedFFN) -> Callable[[Tensor], Tensor]:
     return getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None) or F.silu
 
 
+def to_heads(output: Tensor, count: int, head_dim: int) -> Tensor:
+    """What a projection gave, (N, H·D), by heads: (N, H, D). Raises ValueError unless H = count."""
+    if output.shape[-1] != count * head_dim:
+        raise ValueError(
+            f"a projection gives {output.shape[-1] // head_dim} heads, the model has {count}: they "
+            "are split over processes (tensor parallelism), or were taken out. Load the model whole"
+        )
+    return output.unflatten(-1, (count, head_dim))
+
+
 def project_to_heads(
-    linear: Linear, x: Tensor, n_text: int, heads: Tensor | None, head_dim: int
+    linear: Linear, x: Tensor, n_text: int, heads: Tensor | None, count: int, head_dim: int
 ) -> tuple[Tensor, Tensor]:
-    """x (N, d), text rows first → text rows (Nt, H, D) of all heads, and visual rows (Nv, H', D) of
-    `heads`, None: all."""
+    """x (N, d), text rows first → text rows (Nt, H, D) of all heads, `count` many, and visual rows
+    (Nv, H', D) of `heads`, None: all."""
     if heads is None or isinstance(linear, Called):
-        every = linear(x).unflatten(-1, (-1, head_dim))
+        every = to_heads(linear(x), count, head_dim)
         text, visual = every[:n_text], every[n_text:]
         return text, visual if heads is None else visual.index_select(1, heads)
 
@@ -174,7 +177,7 @@ def project_to_heads(
 
     bias = None if linear.bias is None else kept(linear.bias)
     visual = F.linear(x[n_text:], kept(linear.weight), bias).unflatten(-1, (-1, head_dim))
-    return linear(x[:n_text]).unflatten(-1, (-1, head_dim)), visual
+    return to_heads(linear(x[:n_text]), count, head_dim), visual
 
 
 def project_from_heads(
@@ -193,20 +196,21 @@ def project_from_heads(
     return linear(every) if is_plain(linear) else call(linear, every).output
 
 
-def gated_ffn(mlp: GatedFFN, x: Tensor, n_text: int, neurons: int) -> Tensor:
+def gated_ffn(mlp: GatedFFN, x: Tensor, n_text: int, neurons: int, of_all: int) -> Tensor:
     """x (N, d) → (N, d): rows from `n_text` on use only the first `neurons` of the gate, up and
-    down projections.
+    down projections' `of_all`.
 
     Plain weights are read once: the first neurons multiply all rows, the rest the text rows alone.
+    Raises ValueError where there are not that many.
     """
-    gate, up = to_gate_up(mlp, x)
-    down, act = mlp.down_proj, activation(mlp)
+    act, down, linears = activation(mlp), mlp.down_proj, _gate_up(mlp, of_all)
     watched = isinstance(act, nn.Module) and is_watched(act)
-    if isinstance(gate, Called) or isinstance(up, Called) or watched or not is_plain(down):
-        hidden = act(gate(x)) * up(x)
-        used = torch.arange(hidden.shape[1], device=x.device) < neurons
+    if linears is None or watched or not is_plain(down):
+        hidden = _called_neurons(mlp, act, x, of_all)
+        used = torch.arange(of_all, device=x.device) < neurons
         text = torch.arange(x.shape[0], device=x.device) < n_text
         return call(down, hidden.masked_fill(~(used[None, :] | text[:, None]), 0)).output
+    gate, up = linears
 
     def part(rows: Tensor, of: slice) -> Tensor:
         def linear(module: nn.Linear | Rows) -> Tensor:
@@ -220,3 +224,21 @@ def gated_ffn(mlp: GatedFFN, x: Tensor, n_text: int, neurons: int) -> Tensor:
     text = out[:n_text] + part(x[:n_text], slice(neurons, None))
     out = torch.cat([text, out[n_text:]])
     return out if down.bias is None else out + down.bias
+
+
+def _called_neurons(mlp: GatedFFN, act: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
+    """The `size` neurons (N, I) of all rows, by modules called in the order in which an unpruned
+    FFN calls them: under ZeRO-3 a process without an image does so at the same time."""
+    if hasattr(mlp, "gate_up_proj"):
+        fused = call(mlp.gate_up_proj, x).output
+        gate, up = fused.tensor_split(2, dim=-1)
+        hidden = act(gate) * up
+    else:
+        hidden = act(call(mlp.gate_proj, x).output)
+        hidden = hidden * call(mlp.up_proj, x).output
+    if hidden.shape[1] != size:
+        raise ValueError(
+            f"the FFN has {hidden.shape[1]} neurons here, the model {size}: they are split over "
+            "processes (tensor parallelism), or were taken out. Load the model whole"
+        )
+    return hidden

@@ -6,6 +6,7 @@ nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,10 @@ from yopo.models.layers import layer_in, stock_forward
 from yopo.models.shown import known_of, layout_of
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import CACHE_NAMES, sliding_window
+
+# The name of an argument by which a wrapper around the model treats rows of the batch apart in this
+# call (peft_adapters.py): packed rows have no rows of the batch. None: there is none.
+BY_ROW: ContextVar[str | None] = ContextVar("yopo_by_row", default=None)
 
 # Arguments of a decoder that a pass knows, and those that say nothing to a decoder.
 _KNOWN = {
@@ -137,6 +142,12 @@ def _refuse(
             f"the plan is for {plan.num_layers} layers, but the model has {len(decoder.layers)} "
             f"(its config says {config.num_hidden_layers}): layers were taken out or added after "
             "the plan was put on. Apply a plan for as many"
+        )
+    if (by_row := BY_ROW.get()) is not None:
+        raise ValueError(
+            f"{by_row} treats each row of the batch in its own way, which a pruned pass over "
+            "packed rows cannot follow: call the model once for each adapter (model.set_adapter), "
+            "or without the plan (yopo.remove)"
         )
     attentions, states = (
         _flag(given, name, config) for name in ("output_attentions", "output_hidden_states")

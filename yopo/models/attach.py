@@ -18,6 +18,7 @@ from yopo.models import original_llava
 from yopo.models.decoder import PrunedDecoder
 from yopo.models.exchange import put, stock_of
 from yopo.models.parts import Parts, plan_of, refuse_foreign
+from yopo.models.peft_adapters import accompany_adapters
 from yopo.models.probe import probe
 from yopo.models.replaced import replaced_forward
 from yopo.models.shown import RELEASED
@@ -70,6 +71,7 @@ def apply(model: Model, plan: Any, *, layout: str | None = None) -> Model:
     for config in _configs(outer):  # a block elsewhere would come back with one version or another
         vars(config).pop("yopo", None)
     plan.save_to(outer.config)
+    accompany_adapters(apply)
     return model
 
 

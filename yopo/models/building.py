@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from yopo.models import families
+from yopo.models.attach import apply
 from yopo.models.decoder import PrunedDecoder
 from yopo.models.exchange import derive, put
 from yopo.models.original_llava import instrument
 from yopo.models.parts import Parts, refuse_foreign
+from yopo.models.peft_adapters import accompany_adapters
 from yopo.plan.pruning_plan import RELEASED_FIELDS, PruningPlan
 
 
@@ -40,6 +42,7 @@ def prune_loaded(model: Any) -> None:
     else:
         raise _unknown(model)
     refuse_foreign(parts)
+    accompany_adapters(apply)
     for module, cls in zip(parts.modules, classes, strict=False):
         put(module, cls)
     if parts.decoder.yopo_plan != plan:

@@ -51,9 +51,11 @@ def parts_of(cls: type) -> tuple[type, type] | None:
 
 
 def original_of(cls: type) -> type:
-    """The stock class that `cls` goes back to, also where somebody derived it of ours (FSDP2)."""
+    """The stock class that `cls` goes back to, also where torch exchanged the class of a module for
+    one of its own in front (FSDP2's fully_shard), of ours or of stock's."""
     made = next((base for base in cls.__mro__ if parts_of(base) is not None), cls)
-    return stock_of(made)
+    whose = (base for base in stock_of(made).__mro__ if not base.__module__.startswith("torch."))
+    return next((base for base in whose if issubclass(base, nn.Module)), cls)
 
 
 def stock_of(cls: type) -> type:

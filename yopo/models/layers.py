@@ -55,7 +55,8 @@ class PrunedFFN(Exchanged):
         if pruned is None:
             return set_aside(self, super().forward)(*args, **kwargs)
         shared = pruned.shared
-        return gated_ffn(self, args[0], len(shared.index.text), shared.neurons)
+        n_text = len(shared.index.text)
+        return gated_ffn(self, args[0], n_text, shared.neurons, shared.ffn_size)
 
 
 def call_layer(layer: nn.Module, rows: Tensor, pruned: LayerCall) -> Tensor:

@@ -61,15 +61,26 @@ def plan_of(model: nn.Module) -> PruningPlan | None:
     return None
 
 
+def _split_over_processes(outer: Any) -> str | None:
+    """By what transformers has each process compute a part only; None: each computes all."""
+    words = {"tp": "tensor parallelism", "pp": "pipeline parallelism", "ep": "expert parallelism"}
+    mesh = getattr(outer, "_device_mesh", None)
+    sizes = {"tp": getattr(outer, "tp_size", 0) or 0}
+    if mesh is not None:
+        names = mesh.mesh_dim_names or ("tp",)  # up to 4.57 there may be one without a name
+        sizes |= dict(zip(names, mesh.shape, strict=False))
+    return next((words[name] for name in words if sizes.get(name, 0) > 1), None)
+
+
 def refuse_foreign(parts: Parts) -> None:
     """Raises TypeError where the layers lack what the engine calls or are in parts on several
     processes, ImportError where the unpruned calls would need a flash-attn that is not there."""
     outer, decoder = parts.outer, parts.decoder
-    if getattr(outer, "_device_mesh", None) is not None or (getattr(outer, "tp_size", 0) or 0) > 1:
+    if split := _split_over_processes(outer):
         raise TypeError(
-            f"this {type(outer).__name__} is split over processes by tensor parallelism (tp_plan), "
-            "each of which has some heads only: a pruned pass does not know which. Load it without "
-            "tp_plan"
+            f"this {type(outer).__name__} is split over processes by {split} (tp_plan, "
+            "DistributedConfig), each of which has some heads or layers only: a pruned pass does "
+            "not know which. Load it whole, or with its weights sharded by FSDP"
         )
     layer = layer_in(decoder.layers[0])
     wanted = {

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from yopo.models.exchange import Exchanged
 from yopo.models.layers import layer_in, stock_forward
 
 # Packages whose attention and forwards do nothing but compute.
@@ -32,7 +33,8 @@ def _uncalled(decoder: Any) -> Iterator[str]:
     layer = layer_in(decoder.layers[0])
     for part in (layer, layer.self_attn, layer.mlp):
         forward = stock_forward(part)
-        if not _is_plain(forward):
+        # What is not of our classes (peft's wrapper of a module to be saved) is called itself.
+        if isinstance(part, Exchanged) and not _is_plain(forward):
             yield _named(forward)
     attention = _attention_function(decoder.config, layer.self_attn)
     if attention is not None and not _is_plain(attention):

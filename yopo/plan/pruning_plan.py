@@ -153,7 +153,7 @@ class PruningPlan:
         differ, or a plan that does not fit the model; FileNotFoundError for a head mask that cannot
         be had.
         """
-        plan = cls._found_in(config)
+        plan = cls.found_in(config)
         if plan is None:
             return None
         if os.environ.get("YOPO_MASS"):
@@ -202,13 +202,13 @@ class PruningPlan:
     def _in_file(cls, content: dict[str, Any], folder: Path) -> PruningPlan | None:
         if plan_block.is_block(content):
             return cls(**plan_block.unpack(content))
-        plan = cls._found_in(content | {"_name_or_path": str(folder)})
+        plan = cls.found_in(content | {"_name_or_path": str(folder)})
         if plan is not None and config_fields.tells_sizes(content):
             plan.validate(content)
         return plan
 
     @classmethod
-    def _found_in(cls, config: Any) -> PruningPlan | None:
+    def found_in(cls, config: Any) -> PruningPlan | None:
         """The plan in a config as it stands there, not yet held against the model."""
         blocks = config_fields.blocks(config)
         plans = {place: cls._from_block(block, place) for place, block in blocks.items()}
