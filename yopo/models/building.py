@@ -27,8 +27,12 @@ def prune_loaded(model: Any) -> None:
     Raises TypeError, which names the class, for a model with a plan that yopo cannot prune, unless
     it is a part of one with the same plan, which will be asked in its turn.
     """
-    instrument(type(model))
     plan = PruningPlan.from_config(model.config)
+    try:
+        instrument(type(model))
+    except TypeError:
+        if plan is not None:
+            raise
     if plan is None:
         return
     if isinstance(model, LlamaForCausalLM) or families.name_of(model) is not None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from yopo.engine.layout import Grid
 from yopo.models.arguments import cache_of, past_length
 from yopo.models.exchange import Exchanged, with_signature
+from yopo.models.original_llava import keep_instrumented
 from yopo.models.shown import other_shape
 from yopo.models.told import during, told
 
@@ -35,12 +36,14 @@ class PrunedCausalLM(Exchanged):
 
         Raises ValueError if they do not fit the tokens or each other.
         """
+        keep_instrumented(type(self))
         if visual_mask is None and visual_grids is None:
             return super().forward(*args, **kwargs)
         with during(told(visual_mask, visual_grids)):
             return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        keep_instrumented(type(self))
         mask, tokens = kwargs.get("visual_mask"), kwargs.get("inputs_embeds")
         if tokens is None:
             tokens = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
