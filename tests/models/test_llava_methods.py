@@ -3,6 +3,7 @@ put back after loading are watched again, classes that let nothing be set stay w
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import types
@@ -169,14 +170,14 @@ def test_a_method_of_one_s_own_is_called_once_as_it_was_called(
     seen: list[Any] = []
     method = make(llavas_own(meta), seen)
     put_on(monkeypatch, model, leaf, method, where)
-    visual = torch.zeros(1, IDS.shape[1] - 1 + CELLS, dtype=torch.bool)
-    visual[:, 2 : 2 + CELLS] = True
     torch.manual_seed(3)
     got = model(IDS, images=pixels(1)).logits
     assert [call[:2] for call in seen] == [(None, None)]
     torch.manual_seed(3)
     embeds = method(model, IDS, None, None, None, None, pixels(1))[4]
-    assert torch.equal(got, model(inputs_embeds=embeds.clone(), visual_mask=visual).logits)
+    assert torch.equal(
+        got, model(inputs_embeds=embeds.clone(), visual_mask=visual_at_two().visual).logits
+    )
     seen.clear()
     model.generate(IDS, images=pixels(1), **HOW)
     assert seen[0][:2] == (None, None)
@@ -237,10 +238,7 @@ def test_what_one_s_own_method_makes_of_a_batch_has_llava_s_layout(
     model(ids, attention_mask=arguments[2], images=images, image_sizes=sizes)
     embeds = getattr(model, PREPARE)(*arguments)[4]
     assert len(seen) == 2
-    got = recall(embeds, nothing)
-    for name in ("visual", "image", "row", "col"):
-        assert torch.equal(getattr(got, name), getattr(expected, name)), name
-    assert got.grids == expected.grids
+    same_layout(recall(embeds, nothing), expected)
 
 
 def text_scaled(out: list[Any]) -> None:
@@ -341,6 +339,54 @@ def test_a_method_of_one_s_own_put_on_after_loading_is_watched(
     assert torch.equal(model(IDS, images=pixels(1)).logits, expected)
     assert torch.equal(model(IDS, images=pixels(1, 8)).logits[:, :2], expected[:, :2])
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("how", ["bound", "function"])
+@torch.no_grad()
+def test_a_method_of_one_s_own_put_on_the_model_is_watched(model: Any, meta: Any, how: str) -> None:
+    """Around LLaVA's own as it was before anything was loaded."""
+    expected = model(IDS, images=pixels(1)).logits
+    seen: list[Any] = []
+    method = stochastic(llavas_own(meta), seen)
+    bound = types.MethodType(method, model)
+    setattr(model, PREPARE, bound if how == "bound" else lambda *a, **k: bound(*a, **k))
+    for _ in range(2):
+        got = model(IDS, images=pixels(1)).logits
+        assert not torch.equal(got, expected)
+    model.generate(IDS, images=pixels(1), **HOW)
+    assert [call[:2] for call in seen[:3]] == [(None, None)] * 3
+    embeds = getattr(model, PREPARE)(IDS, None, None, None, None, pixels(1))[4]
+    same_layout(recall(embeds, VisualLayout.empty(1)), visual_at_two())
+    twin = copy.deepcopy(model)
+    assert vars(twin)[PREPARE].__self__ is twin
+
+
+def visual_at_two() -> VisualLayout:
+    visual = torch.zeros(1, IDS.shape[1] - 1 + CELLS, dtype=torch.bool)
+    visual[:, 2 : 2 + CELLS] = True
+    return VisualLayout.from_mask(visual)
+
+
+def same_layout(got: Any, expected: Any) -> None:
+    for name in ("visual", "image", "row", "col"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+    assert got.grids == expected.grids
+
+
+@torch.no_grad()
+def test_prepared_by_hand_after_a_method_was_put_back(
+    model: Any, meta: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody sees that before the next call: refused then, and right from then on."""
+    expected = model(IDS, images=pixels(1, 11)).logits
+    monkeypatch.setattr(meta, PREPARE, llavas_own(meta))
+    arguments = (IDS, None, None, None, None)
+    unseen = getattr(model, PREPARE)(*arguments, pixels(1, 12))[4]
+    with pytest.raises(ValueError, match=r"put in its place .*prepare them again"):
+        model(inputs_embeds=unseen)
+    embeds = getattr(model, PREPARE)(*arguments, pixels(1, 11))[4]
+    assert torch.equal(model(inputs_embeds=embeds).logits, expected)
+    assert model(inputs_embeds=getattr(model, PREPARE)(*arguments, pixels(1, 12))[4]) is not None
 
 
 # ----------------------------------------------------------- classes that let no method be set

@@ -36,14 +36,14 @@ class PrunedCausalLM(Exchanged):
 
         Raises ValueError if they do not fit the tokens or each other.
         """
-        keep_instrumented(type(self))
+        keep_instrumented(self)
         if visual_mask is None and visual_grids is None:
             return super().forward(*args, **kwargs)
         with during(told(visual_mask, visual_grids)):
             return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        keep_instrumented(type(self))
+        keep_instrumented(self)
         mask, tokens = kwargs.get("visual_mask"), kwargs.get("inputs_embeds")
         if tokens is None:
             tokens = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))

@@ -20,6 +20,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -63,9 +64,7 @@ def instrument(cls: type) -> None:
         signature = _signature_to_learn_by(found)
         try:
             if signature is not None:
-                wrapper = _wrap(found, signature)
-                _WRAPPED.add(wrapper)
-                exchange_method(owner, _PREPARE, wrapper)
+                exchange_method(owner, _PREPARE, _wrap(found, signature))
             adapt(owner)
         except TypeError as error:
             refused.append(error)
@@ -73,12 +72,32 @@ def instrument(cls: type) -> None:
         raise refused[0]
 
 
-def keep_instrumented(cls: type) -> None:
-    """Instruments `cls` again where a method of LLaVA's was put back or replaced since."""
+def keep_instrumented(model: Any) -> None:
+    """Instruments the class of `model` again where a method of LLaVA's was put back or replaced
+    since, and a function that was put on the model itself."""
+    cls = type(model)
     owners = _known_owners(cls)
-    if owners and _SEEN.get(cls) != _methods(owners):
+    if not owners:
+        return
+    if _SEEN.get(cls) != _methods(owners):
         instrument(cls)
         _SEEN[cls] = _methods(owners)
+    found = vars(model).get(_PREPARE)
+    if isinstance(found, MethodType | FunctionType):
+        bound = isinstance(found, MethodType) and found.__self__ is model
+        function = found.__func__ if bound else _unbound(found)
+        signature = _signature_to_learn_by(function)
+        if signature is not None:
+            setattr(model, _PREPARE, MethodType(_wrap(function, signature), model))
+
+
+def _unbound(found: Method) -> Method:
+    @functools.wraps(found)
+    def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return found(*args, **kwargs)
+
+    del prepare.__wrapped__  # which takes other arguments
+    return prepare
 
 
 def _owners(cls: type) -> tuple[type, ...]:
@@ -135,6 +154,7 @@ def _wrap(original: Method, signature: inspect.Signature) -> Method:
         _learn_from(self, _Names(self, original), bound.arguments, out)
         return out
 
+    _WRAPPED.add(prepare)
     return prepare
 
 

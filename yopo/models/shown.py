@@ -65,9 +65,10 @@ def known_of(
         "granted, as the released code does"
     )
     raise ValueError(
-        f"nothing is known of these inputs_embeds of {n} tokens: neither LLaVA's prepare method "
-        "nor the model's token embeddings made them, or they were changed since. Pass visual_mask "
-        "(batch, tokens), True at the visual tokens, all False for text alone"
+        f"nothing is known of these inputs_embeds of {n} tokens: neither the model's token "
+        "embeddings made them nor LLaVA's prepare method (or one put in its place since the last "
+        "call: then prepare them again), or they were changed since. Pass visual_mask (batch, "
+        "tokens), True at the visual tokens, all False for text alone"
         + ("" if guess is None else otherwise)
     )
 
