@@ -12,6 +12,7 @@ import torch
 from family_checks import a_plan
 from random_families import HERE, KINDS, Kind, build, into_stack, make
 from torch import Tensor
+from transformers import DynamicCache
 
 import yopo
 from yopo.engine.layout import VisualLayout
@@ -81,7 +82,7 @@ def test_a_visual_column_by_itself_is_never_text(kind: Kind) -> None:
         return {} if turned is None else {"position_ids": turned[..., start:stop]}
 
     def columns(cuts: list[int]) -> Tensor:
-        cache, logits = None, []
+        cache, logits = DynamicCache(), []  # which Qwen2-VL of 4.45 does not make by itself
         for start, stop in pairwise(cuts):
             out = model(
                 inputs_embeds=fed.embeds[:, start:stop].clone(),
