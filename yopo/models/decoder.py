@@ -21,10 +21,10 @@ from yopo.engine.layer_plan import LayerPlans
 from yopo.engine.layout import Grid
 from yopo.models.arguments import resolve
 from yopo.models.exchange import Exchanged
+from yopo.models.functions import Functions
 from yopo.models.known_layouts import unwatch_text, watch_text
 from yopo.models.layers import call_layer, exchange_layers, restore_layers
 from yopo.models.probe import probe
-from yopo.models.uncalled import warn_of_uncalled
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import CACHE_FIELD, checkpoints_itself, nothing_captured, rope
 
@@ -35,10 +35,9 @@ class PrunedDecoder(Exchanged):
     yopo_plan: PruningPlan | None = None
     yopo_ffn_order: str | None = None  # which the FFN neurons are in, as the plan names it
     yopo_layout: str | None = None  # "released": what apply() was told of unknown embeddings
-    yopo_probed = False  # whether the layers were found to be what the engine computes
     _yopo_layer_plans: LayerPlans | None = None
-    _yopo_attention: str | None = None  # the implementation that warn_of_uncalled has seen,
-    _yopo_uncalled: tuple[str, ...] = ()  # and what it found
+    _yopo_known: Functions | None = None  # what the layers went by when they were probed
+    _yopo_uncalled: tuple[str, ...] = ()  # what warn_of_uncalled has named
 
     def set_plan(self, plan: PruningPlan | None) -> None:
         """Prunes by `plan` from now on; None: as stock. Raises ValueError if it does not fit."""
@@ -81,11 +80,8 @@ class PrunedDecoder(Exchanged):
             called = resolve(self, super().forward, args, kwargs, visual_mask, visual_grids)
         if called is None:
             return super().forward(*args, **kwargs)
-        if not self.yopo_probed:
+        if self._yopo_known is None or self._yopo_known.changed(self):
             probe(self, PrunedDecoder)
-        if self.config._attn_implementation != self._yopo_attention:
-            warn_of_uncalled(self)
-            self._yopo_attention = self.config._attn_implementation
         layout, valid, cache = called.layout, called.valid, called.cache
         past = cache.length
         index = prepare(layout, valid, cache, self.yopo_plan)
