@@ -33,20 +33,24 @@ CHANGES = {
     "scaling": lambda attn: setattr(attn, "scaling", attn.scaling * 3),
     "attention_dropout": lambda attn: setattr(attn, "attention_dropout", 0.3),
     "is_causal": lambda attn: setattr(attn, "is_causal", False),
-    "head_dim": lambda attn: setattr(attn, "head_dim", 4),
 }
 
 
-@pytest.mark.parametrize("at_image", [False, True])
+@pytest.mark.parametrize("moment", ["before the plan", "before an image", "after an image"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_an_attribute_of_one_layer_that_is_not_as_built_is_named(name: str, at_image: bool) -> None:
-    model = build(SHAPE, a_plan() if at_image else None)
+def test_an_attribute_of_one_layer_that_is_not_as_built_is_named(name: str, moment: str) -> None:
+    model = build(SHAPE, None if moment == "before the plan" else a_plan())
     if not hasattr(attention(model), name):
         pytest.skip("not an attribute on this transformers")
+    if moment == "after an image":
+        logits(model)
+    before = getattr(attention(model), name)
     CHANGES[name](attention(model))
     with pytest.raises(TypeError, match=f"in layer 1 self_attn.{name} is "):
-        yopo.apply(model, a_plan()) if not at_image else logits(model)
-    assert at_image or yopo.plan_of(model) is None
+        yopo.apply(model, a_plan()) if moment == "before the plan" else logits(model)
+    assert moment != "before the plan" or yopo.plan_of(model) is None
+    setattr(attention(model), name, before)
+    assert torch.equal(logits(yopo.apply(model, a_plan())), logits(build(SHAPE, a_plan())))
 
 
 def test_a_scaling_that_became_a_weight_is_named() -> None:
@@ -66,6 +70,11 @@ def test_what_a_pass_honours_may_differ() -> None:
         layer.self_attn.layer_idx += 4
         layer.gradient_checkpointing = True
         layer.self_attn.my_own_note = "first"
+    logits(yopo.apply(model, a_plan()))
+    known = model.model._yopo_known
+    model.train().eval()
+    model.gradient_checkpointing_enable()
+    assert not known.changed(model.model), "asked again although nothing that counts was set"
     assert torch.equal(logits(yopo.apply(model, a_plan())), expected)
 
 
@@ -90,6 +99,19 @@ class ScaledFFN(modeling_llama.LlamaMLP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
         return super().forward(x) * self.factor
+
+
+def test_a_class_that_counts_its_calls_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = yopo.apply(with_class(monkeypatch, "LlamaMLP", ScaledFFN), DENSE)
+    known, calls = model.model._yopo_known, model.model.layers[0].mlp.calls
+    assert calls > 0, "a layer of a class of one's own was not tried"
+    for _ in range(2):
+        logits(model)
+        model(input_ids=torch.ones(1, 3, dtype=torch.long))
+    yopo.apply(model, yopo.PruningPlan(torch.ones(6, 4), layer_cut=3))
+    assert model.model.layers[0].mlp.calls == calls + 4  # these plans slice no FFN, so it is called
+    yopo.apply(model, DENSE)
+    assert model.model._yopo_known is not known and not known.changed(model.model)
 
 
 class LateLayer(modeling_llama.LlamaDecoderLayer):

@@ -11,7 +11,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from yopo.models.exchange import original_of
-from yopo.models.layers import layer_in, stock_forward
+from yopo.models.layers import layer_in, settings, stock_forward
 
 # Packages whose forwards and attention functions do nothing but compute what their names say.
 _PLAIN = {"transformers", "liger_kernel", "torch", "accelerate", "kernels", "yopo"}
@@ -35,10 +35,17 @@ class Functions:
             _reach(places, cls, _owner(cls, "forward"), "forward", None, self._implementation)
         self._places = [(space.get, name) for space, name in places.values()]
         self.found = self._look()
+        self.settle()
+
+    def settle(self) -> None:
+        """What was set on layers' parts so far is known."""
+        self._settings = settings()
 
     def changed(self, decoder: Any) -> bool:
-        """Whether one of them was replaced since, or another attention was chosen. Asked at every
-        forward: some µs."""
+        """Whether one of them was replaced since, another attention was chosen, or something was
+        set on a layer's part. Asked at every forward, so it must cost next to nothing."""
+        if self._settings != settings():
+            return True
         if decoder.config._attn_implementation != self._implementation:
             return True
         return self._look() != self.found

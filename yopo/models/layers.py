@@ -18,8 +18,29 @@ from yopo.models.exchange import Exchanged, derive, original_of, put, stock_of
 from yopo.models.replaced import refuse_replaced, set_aside, settle, take_back
 from yopo.versions import attention_output, layer_returns_tuple
 
+# What a layer's parts may have otherwise than built: a pass asks the live one, or needs it not.
+OF_NO_ACCOUNT = {"forward", "training", "layer_idx", "gradient_checkpointing"}
 
-class PrunedLayer(Exchanged):
+
+class _Part(Exchanged):
+    """A module that a pass computes by itself, and that may compute otherwise once something is set
+    on it: `settings` counts that, of all parts of all models, and probe.py looks again. Integers
+    are sizes, which cannot change, or count something; tensors are kept, not settings."""
+
+    settings = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name[0] != "_" and name not in OF_NO_ACCOUNT and type(value) not in (int, Tensor):
+            _Part.settings += getattr(self, name, None) is not value
+        super().__setattr__(name, value)
+
+
+def settings() -> int:
+    """How often something was set on a part."""
+    return _Part.settings
+
+
+class PrunedLayer(_Part):
     """A pre-norm decoder layer: rows + attention, rows + FFN."""
 
     yopo_returns_tuple = layer_returns_tuple()  # set on the class by probe.py, which sees stock's
@@ -38,7 +59,7 @@ class PrunedLayer(Exchanged):
         return (rows,) if self.yopo_returns_tuple else rows
 
 
-class PrunedAttention(Exchanged):
+class PrunedAttention(_Part):
     """Self-attention with q, k, v and o projections and rotary angles."""
 
     def forward(self, *args: Any, pruned: LayerCall | None = None, **kwargs: Any) -> Any:
@@ -48,7 +69,7 @@ class PrunedAttention(Exchanged):
         return attention_output(attend_layer(self, x, pruned))
 
 
-class PrunedFFN(Exchanged):
+class PrunedFFN(_Part):
     """A gated FFN of which visual rows use the first neurons."""
 
     def forward(self, *args: Any, pruned: LayerCall | None = None, **kwargs: Any) -> Any:

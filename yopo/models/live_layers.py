@@ -20,7 +20,7 @@ from yopo.engine.layout import VisualLayout
 from yopo.engine.visual_cache import VisualCache
 from yopo.models.exchange import original_of, parameters_of
 from yopo.models.functions import Functions, is_plain
-from yopo.models.layers import call_layer, layer_in, stock_forward
+from yopo.models.layers import OF_NO_ACCOUNT, call_layer, layer_in, stock_forward
 from yopo.models.twin import (
     TOLERANCE,
     TOLERANCE_OF_HALF,
@@ -35,8 +35,6 @@ from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import rope
 
 _SIMPLE = (bool, int, float, str, tuple, list, type(None))
-# What a layer may have otherwise than built: a pass asks the live one, or it is not arithmetic.
-_OWN = {"training", "layer_idx", "gradient_checkpointing"}
 _LENGTH = 7
 # Layers that ran, under all that their outcome hangs on: once, not again for each plan.
 _TRIED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -85,8 +83,11 @@ def compare_layers(decoder: Any, functions: Functions, built: Built | None, fail
                 raise not_computed(decoder, f"in layer {number} {words}")
             if untried:
                 continue
-        state = f"{list(map(id, (*classes, *functions.found)))} {list(_attributes(layer))}"
-        if _TRIED.get(layer) != state:
+        settings = [(name, v) for name, v in _attributes(layer) if type(v) is not int]
+        buffers = ((name, each) for name, each in _buffers(layer).items() if not each.is_meta)
+        settings += [(name, float(each.sum())) for name, each in buffers]
+        state = f"{list(map(id, (*classes, *functions.found)))} {settings}"
+        if not _is_here(layer) or _TRIED.get(layer) != state:
             _run_layer(decoder, layer, failed)
             _TRIED[layer] = state
 
@@ -102,7 +103,7 @@ def not_computed(decoder: Any, difference: str) -> TypeError:
 def _attributes(layer: Any) -> Iterator[tuple[str, Any]]:
     for prefix, part in (("", layer), ("self_attn.", layer.self_attn), ("mlp.", layer.mlp)):
         for name, value in vars(part).items():
-            if isinstance(value, _SIMPLE) and name[0] != "_" and name not in _OWN:
+            if isinstance(value, _SIMPLE) and name[0] != "_" and name not in OF_NO_ACCOUNT:
                 yield prefix + name, value
 
 

@@ -68,6 +68,7 @@ def probe(decoder: Any, mixin: type) -> None:
             stacklevel=2,
         )
     warn_of_uncalled(decoder)
+    functions.settle()  # trying a module may set something on it
     decoder._yopo_known = functions
 
 

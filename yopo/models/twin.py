@@ -126,10 +126,11 @@ def slicing(plans: LayerPlans, config: Any) -> LayerPlans:
 def build_twin(decoder: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """A twin as its class builds it, of its stock class."""
     small = _shrunk(decoder.config)
-    # A user's attention is tried; in place of kernels of transformers' own, that want a GPU and
-    # half precision (flash, flex), stands what they must equal.
+    # A user's attention is tried as it is. In place of kernels of transformers' own, which want a
+    # GPU and half precision (flash, flex), stands what they must equal.
     attention = attention_function(decoder)
-    if is_plain(attention) and small._attn_implementation not in ("sdpa", "eager"):
+    known = attention is None or is_plain(attention)
+    if known and small._attn_implementation not in ("sdpa", "eager"):
         small._attn_implementation = "eager"
     with device:
         twin = original_of(type(decoder))(small)

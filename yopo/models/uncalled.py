@@ -18,7 +18,7 @@ from yopo.models.layers import layer_in, stock_forward
 def warn_of_uncalled(decoder: Any) -> None:
     """Says which functions of this decoder a pruned pass does not call, if that was not said of the
     same ones yet."""
-    found = tuple(_uncalled(decoder))
+    found = tuple(dict.fromkeys(_uncalled(decoder)))
     if found and found != decoder._yopo_uncalled:
         warnings.warn(
             f"a pruned pass over an image computes attention and FFN by itself and does not call "
@@ -29,12 +29,12 @@ def warn_of_uncalled(decoder: Any) -> None:
 
 
 def _uncalled(decoder: Any) -> Iterator[str]:
-    layer = layer_in(decoder.layers[0])
-    for part in (layer, layer.self_attn, layer.mlp):
-        forward = stock_forward(part)
-        # What is not of our classes (peft's wrapper of a module to be saved) is called itself.
-        if isinstance(part, Exchanged) and not is_plain(forward):
-            yield _named(forward)
+    for layer in map(layer_in, decoder.layers):
+        for part in (layer, layer.self_attn, layer.mlp):
+            forward = stock_forward(part)
+            # What is not of our classes (peft's wrapper of a module to be saved) is called itself.
+            if isinstance(part, Exchanged) and not is_plain(forward):
+                yield _named(forward)
     attention = attention_function(decoder)
     if attention is not None and not is_plain(attention):
         yield f"the attention function {_named(attention)}"
