@@ -161,6 +161,31 @@ def test_a_class_that_acts_otherwise_in_deep_layers_is_refused(
         yopo.apply(model, DENSE)
 
 
+class ScaledDecoder(transformers.LlamaModel):
+    """A decoder with a scale of its own, which is 1 as built."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.scale = 1.0
+        self.register_buffer("shift", torch.zeros(1), persistent=False)
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        out = super().forward(*args, **named)
+        out[0].mul_(self.scale).add_(self.shift)
+        return out
+
+
+@pytest.mark.parametrize("name,value", [("scale", 2.0), ("shift", torch.ones(1))])
+def test_a_number_of_a_decoder_of_one_s_own_is_compared(
+    name: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_class(monkeypatch, "LlamaModel", ScaledDecoder)
+    yopo.remove(yopo.apply(model, DENSE))
+    setattr(model.model, name, value)
+    with pytest.raises(TypeError, match=f"ScaledDecoder do: its {name} is not as"):
+        yopo.apply(model, DENSE)
+
+
 class Listening(modeling_llama.LlamaMLP):
     """Its arithmetic hangs on what no attribute tells."""
 

@@ -32,7 +32,8 @@ class Functions:
             classes |= dict.fromkeys(original_of(type(part)) for part in parts)
         places: _Places = {}
         for cls in classes:
-            _reach(places, cls, _owner(cls, "forward"), "forward", None, self._implementation)
+            owner = _owner(cls, "forward") or cls
+            _reach(places, cls, owner, "forward", None, self._implementation)
         self._places = [(space.get, name) for space, name in places.values()]
         self.found = self._look()
         self.settle()

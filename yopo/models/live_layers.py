@@ -48,6 +48,7 @@ class Built:
     classes: list[tuple[Any, ...]]
     attributes: list[dict[str, Any]]
     buffers: list[dict[str, Tensor]]
+    of_decoder: dict[str, Any]
     sizes: list[int]
 
     @classmethod
@@ -57,6 +58,7 @@ class Built:
             classes=list(map(classes_of, layers)),
             attributes=[dict(_attributes(layer)) for layer in layers],
             buffers=[copy.deepcopy(_buffers(layer)) for layer in layers],
+            of_decoder=copy.deepcopy(_of_decoder(twin)),
             sizes=sizes_of(twin.config),
         )
 
@@ -71,6 +73,13 @@ def classes_of(layer: nn.Module) -> tuple[Any, ...]:
 def compare_layers(decoder: Any, functions: Functions, built: Built | None, failed: str) -> None:
     """Raises TypeError, naming what differs, unless every layer is what the twin had `built` and
     computes what the pass does. built: None where the twin `failed`."""
+    for name, value in _of_decoder(decoder).items():
+        if (
+            built is not None
+            and name in built.of_decoder
+            and not _same(value, built.of_decoder[name])
+        ):
+            raise not_computed(decoder, f"its {name} is not as its class builds it")
     layers, sizes = list(map(layer_in, decoder.layers)), sizes_of(decoder.config)
     for number, layer in enumerate(layers):
         classes = classes_of(layer)
@@ -107,6 +116,23 @@ def _attributes(layer: Any) -> Iterator[tuple[str, Any]]:
                 yield prefix + name, value
 
 
+def _of_decoder(decoder: Any) -> dict[str, Any]:
+    """Numbers and buffers that a decoder of somebody's own class has beside its layers."""
+    if is_plain(original_of(type(decoder))):
+        return {}
+    values = vars(decoder) | decoder._buffers
+    return {name: value for name, value in values.items() if isinstance(value, float | Tensor)}
+
+
+def _same(now: Any, built: Any) -> bool:
+    now, built = torch.as_tensor(now), torch.as_tensor(built)
+    if now.is_meta or built.is_meta or now.shape != built.shape:
+        return True  # a size, or not to be known
+    built = built.to(now)
+    near = 1e-2 if now.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    return torch.equal(now, built) or torch.allclose(now, built, near, near)
+
+
 def _buffers(layer: nn.Module) -> dict[str, Tensor]:
     """Those outside projections, which a pass calls."""
     return {name: each for name, each in layer.named_buffers() if "_proj." not in name}
@@ -129,11 +155,7 @@ def _differs(
     live, others = _buffers(layer), _buffers(first)
     for name, buffer in built.buffers[number].items():
         expected = others.get(name, buffer) if "rotary_emb" in name else buffer
-        now = live.get(name, expected)
-        if now is expected or now.is_meta or expected.is_meta or now.shape != expected.shape:
-            continue
-        expected = expected.to(now)
-        if not torch.equal(now, expected) and not torch.allclose(now, expected, 1e-2, 1e-2):
+        if not _same(live.get(name, expected), expected):
             return f"the buffer {name} has other values than in one that its class builds"
     return None
 

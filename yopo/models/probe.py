@@ -7,7 +7,6 @@ is refused by name. Outcomes are kept, under the functions that the layers go by
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +76,7 @@ def _settings(config: Any) -> str:
     for name in ("yopo", *RELEASED_FIELDS):
         values.pop(name, None)
     implementation = getattr(config, "_attn_implementation", None)
-    return f"{json.dumps(values, sort_keys=True, default=str)} {implementation}"
+    return f"{values} {implementation}"
 
 
 def _verdict(decoder: Any, mixin: type, functions: Functions) -> _Verdict:
