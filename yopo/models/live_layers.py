@@ -73,12 +73,9 @@ def classes_of(layer: nn.Module) -> tuple[Any, ...]:
 def compare_layers(decoder: Any, functions: Functions, built: Built | None, failed: str) -> None:
     """Raises TypeError, naming what differs, unless every layer is what the twin had `built` and
     computes what the pass does. built: None where the twin `failed`."""
+    of_twin = {} if built is None else built.of_decoder
     for name, value in _of_decoder(decoder).items():
-        if (
-            built is not None
-            and name in built.of_decoder
-            and not _same(value, built.of_decoder[name])
-        ):
+        if name in of_twin and not _same(value, of_twin[name]):
             raise not_computed(decoder, f"its {name} is not as its class builds it")
     layers, sizes = list(map(layer_in, decoder.layers)), sizes_of(decoder.config)
     for number, layer in enumerate(layers):
