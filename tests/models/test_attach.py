@@ -14,7 +14,6 @@ from layouts import SHAPE, a_plan, build, left_padded
 from torch import nn
 
 import yopo
-import yopo.patch
 from yopo.plan.pruning_plan import PruningPlan
 
 
@@ -112,7 +111,9 @@ def test_two_models_with_one_config_object_each_keep_their_plan() -> None:
 
 
 def test_a_plan_taken_off_stays_in_the_config_of_a_model_built_from_the_same() -> None:
-    with yopo.patch.patched():
+    from yopo import patch  # not above: importing it enables it
+
+    with patch.patched():
         config = SHAPE.config()
         a_plan().save_to(config)
         one, two = (transformers.LlamaForCausalLM(config) for _ in range(2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import abc
 from functools import partial, partialmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import random_families
@@ -37,7 +37,7 @@ def logits(model: Any, case: Case) -> torch.Tensor:
 class Asking(type(transformers.LlamaForCausalLM)):
     """A metaclass that must be told something, and keeps a list."""
 
-    made: list[str] = []
+    made: ClassVar[list[str]] = []
 
     def __new__(mcs, name: str, bases: Any, names: Any, *, told: str) -> Any:
         mcs.made.append(name)
@@ -64,7 +64,7 @@ class Abstract(transformers.LlamaForCausalLM, metaclass=AbstractAsking, told="a"
 
 
 class Registered(transformers.LlamaForCausalLM):
-    known: dict[str, type] = {}
+    known: ClassVar[dict[str, type]] = {}
 
     def __init_subclass__(cls, *, key: str, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

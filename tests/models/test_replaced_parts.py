@@ -174,6 +174,19 @@ class OwnDecoder(modeling_llama.LlamaModel):
     """Of another name than transformers knows."""
 
 
+class Copied(modeling_llama.LlamaPreTrainedModel):
+    """As authors copy the code: it does not derive from LlamaModel."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        copied = modeling_llama.LlamaModel(SHAPE.config())
+        vars(self).update({k: v for k, v in vars(copied).items() if k != "config"})
+        self.post_init()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return modeling_llama.LlamaModel.forward(self, *args, **kwargs)
+
+
 def replaced_layers(self: Any, config: Any) -> None:
     layers = [modeling_llama.LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
     self.model.layers = nn.ModuleList(layers)
@@ -187,8 +200,14 @@ def replaced_decoder(self: Any, config: Any) -> None:
     self.model = OwnDecoder(config)
 
 
+def copied_decoder(self: Any, config: Any) -> None:
+    self.model = Copied(config)
+
+
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("change", [replaced_layers, replaced_one_layer, replaced_decoder])
+@pytest.mark.parametrize(
+    "change", [replaced_layers, replaced_one_layer, replaced_decoder, copied_decoder]
+)
 def test_what_a_class_of_the_user_s_own_replaces_after_building_is_pruned(
     change: Any, again: bool, case: Case
 ) -> None:
@@ -199,9 +218,9 @@ def test_what_a_class_of_the_user_s_own_replaces_after_building_is_pruned(
             if again:
                 self.post_init()
 
-    import yopo.patch
+    from yopo import patch  # not above: importing it enables it
 
-    with yopo.patch.patched():
+    with patch.patched():
         model = build(SHAPE, PLAN, Own)
     assert torch.equal(logits(model, case), logits(build(SHAPE, PLAN), case))
 

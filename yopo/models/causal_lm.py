@@ -55,6 +55,11 @@ class PrunedCausalLM(Exchanged):
         whole = kwargs.get("images") is None  # LLaVA has yet to put features between these tokens
         if whole and mask is not None and tokens is not None and mask.shape != tokens.shape[:2]:
             raise ValueError(other_shape(mask, *tokens.shape[:2]))
+        if mask is not None and kwargs.get("assistant_model") is not None:
+            raise ValueError(
+                "assistant_model is given with visual_mask: assisted generation crops the cache, "
+                "but one filled by a pruned pass cannot be cropped: generate without it"
+            )
         return stock(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
