@@ -212,6 +212,15 @@ def llava_expects_images_in_ids() -> bool:
     return (4, 46) <= Version(transformers.__version__).release[:2] <= (4, 47)
 
 
+@cache
+def no_maximum() -> Any:
+    """What a DynamicCache says of its greatest length: None, or -1 from 4.54 on. It is asked for
+    by get_max_length up to 4.45 and from 5.13 on, by get_max_cache_shape between."""
+    layer = getattr(transformers.cache_utils, "DynamicLayer", None)
+    asked = DynamicCache() if layer is None else layer()
+    return (getattr(asked, "get_max_cache_shape", None) or asked.get_max_length)()
+
+
 def clear_dynamic_cache(cache: Any) -> None:
     """Lets go of the tensors in a DynamicCache, whichever lists this version holds them in."""
     for name in ("layers", "key_cache", "value_cache"):

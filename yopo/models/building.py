@@ -14,6 +14,7 @@ from yopo.models import families
 from yopo.models.attach import apply
 from yopo.models.decoder import PrunedDecoder
 from yopo.models.exchange import derive, put
+from yopo.models.layers import exchange_new
 from yopo.models.original_llava import instrument
 from yopo.models.parts import Parts, refuse_foreign
 from yopo.models.peft_adapters import accompany_adapters
@@ -51,6 +52,8 @@ def prune_loaded(model: Any) -> None:
         put(module, cls)
     if parts.decoder.yopo_plan != plan:
         parts.decoder.set_plan(plan)
+    else:
+        exchange_new(parts.decoder.layers)
 
 
 def _is_part_of_a_planned_one(model: Any) -> bool:
