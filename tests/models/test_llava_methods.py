@@ -377,16 +377,17 @@ def same_layout(got: Any, expected: Any) -> None:
 def test_prepared_by_hand_after_a_method_was_put_back(
     model: Any, meta: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody sees that before the next call: refused then, and right from then on."""
+    """Nobody sees that before the next call: refused then, and right from then on.
+    (A picture of its own: embeddings that any test made with the same weights would be known.)"""
     expected = model(IDS, images=pixels(1, 11)).logits
     monkeypatch.setattr(meta, PREPARE, llavas_own(meta))
     arguments = (IDS, None, None, None, None)
-    unseen = getattr(model, PREPARE)(*arguments, pixels(1, 12))[4]
+    unseen = getattr(model, PREPARE)(*arguments, pixels(1, 7312))[4]
     with pytest.raises(ValueError, match=r"put in its place .*prepare them again"):
         model(inputs_embeds=unseen)
     embeds = getattr(model, PREPARE)(*arguments, pixels(1, 11))[4]
     assert torch.equal(model(inputs_embeds=embeds).logits, expected)
-    assert model(inputs_embeds=getattr(model, PREPARE)(*arguments, pixels(1, 12))[4]) is not None
+    assert model(inputs_embeds=getattr(model, PREPARE)(*arguments, pixels(1, 7312))[4]) is not None
 
 
 # ----------------------------------------------------------- classes that let no method be set

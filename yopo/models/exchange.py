@@ -22,9 +22,15 @@ class Exchanged:
     was made of, since the class goes by its stock's name."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        # A class made here is no new class to its stock's, which may want keywords, or keep a list.
         if _MADE_HERE not in vars(cls):
             super().__init_subclass__(**keywords)
+            return
+        # A class made here is no new class to the user's own, which may want keywords, or keep a
+        # list; to transformers' it is: from 5.24 on they put gradient checkpointing around forward.
+        for base in cls.__mro__:
+            if base.__module__.startswith("transformers.") and "__init_subclass__" in vars(base):
+                vars(base)["__init_subclass__"].__get__(None, cls)()
+                return
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         cls = type(self)
