@@ -1,5 +1,5 @@
 """Two processes with a model in parts, or a copy each: as one process with a whole model, or
-refused by name. A hang fails by gloo's own patience (processes.py)."""
+refused by name. A hang fails by gloo's own patience (process_pair.py)."""
 
 from __future__ import annotations
 
@@ -62,8 +62,16 @@ def check(found: list[Outcome], setting: Setting, tolerance: float = TOLERANCE) 
 needs_fsdp = pytest.mark.skipif(
     Version(torch.__version__).release < (2, 6), reason="fully_shard is new in torch 2.6"
 )
+
+
+def has_module(name: str) -> bool:
+    """Whether a module is there; find_spec alone raises where the package around it is not."""
+    package = name.rpartition(".")[0]
+    return (not package or has_module(package)) and importlib.util.find_spec(name) is not None
+
+
 needs_loading_in_parts = pytest.mark.skipif(
-    importlib.util.find_spec("transformers.distributed.mixin") is None,
+    not has_module("transformers.distributed.mixin"),
     reason="this transformers does not shard while it loads",
 )
 ONE_IMAGE = Setting(images="first only", masses=("drop", "drop"))

@@ -19,7 +19,14 @@ from yopo.models.replaced import own_forward, refuse_replaced, settle, take_back
 from yopo.versions import attention_output, layer_returns_tuple
 
 # What a layer's parts may have otherwise than built: a pass asks the live one, or needs it not.
-OF_NO_ACCOUNT = {"forward", "training", "layer_idx", "gradient_checkpointing"}
+# (max_position_embeddings: 4.36 keeps it in attention, where nothing goes by it.)
+OF_NO_ACCOUNT = {
+    "forward",
+    "training",
+    "layer_idx",
+    "gradient_checkpointing",
+    "max_position_embeddings",
+}
 
 
 class _Part(Exchanged):
