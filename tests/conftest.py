@@ -35,3 +35,13 @@ def weights_are_initialised() -> Iterator[None]:
     yield
     for cls, reset in _RESET.items():
         cls.reset_parameters = reset
+
+
+@pytest.fixture(scope="module")
+def patched() -> Iterator[None]:
+    """yopo.patch, for one module. Not at import: other tests' transformers must stay stock."""
+    import yopo.patch
+
+    yopo.patch.enable()
+    yield
+    yopo.patch.undo()

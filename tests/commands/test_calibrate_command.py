@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,9 @@ from yopo.prompts.questions import Samples, read_questions
 
 if importlib.util.find_spec("llava") is None:  # looked for, not imported: the patch comes first
     pytest.skip("llava-torch is not installed", allow_module_level=True)
-pytestmark = [pytest.mark.llava, needs_float16]
+pytestmark = [pytest.mark.llava, pytest.mark.usefixtures("patched"), needs_float16]
 
 STATISTICS = "statistics.safetensors"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def patched() -> Iterator[None]:
-    """Not at import: other tests' transformers must stay stock."""
-    import yopo.patch
-
-    yopo.patch.enable()
-    yield
-    yopo.patch.undo()
 
 
 @pytest.fixture(scope="module")

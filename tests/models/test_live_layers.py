@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from layouts import SHAPE, Shape, a_plan, build, make_case, weights
+from other_ffn import OtherFFN
 from torch import nn
 from transformers.models.llama import modeling_llama
 
@@ -201,18 +202,6 @@ def test_each_live_layer_of_a_class_of_one_s_own_is_run(monkeypatch: pytest.Monk
     model.model.layers[3].mlp._settings = {"factor": 1}
     expected = logits(build(DEEP, DENSE))
     assert torch.allclose(logits(yopo.apply(model, DENSE)), expected, atol=1e-6)
-
-
-class OtherFFN(nn.Module):
-    """The FFN of a layer with another activation, under the same names."""
-
-    def __init__(self, mlp: Any, act: Any) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        self.act, self.act_fn = act, nn.SiLU()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 2])

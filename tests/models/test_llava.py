@@ -26,21 +26,11 @@ from yopo.versions import passed_to_every_forward
 
 if importlib.util.find_spec("llava") is None:  # looked for, not imported: the patch comes first
     pytest.skip("llava-torch is not installed", allow_module_level=True)
-pytestmark = pytest.mark.llava
+pytestmark = [pytest.mark.llava, pytest.mark.usefixtures("patched")]
 
 ROOT = Path(__file__).resolve().parents[2]
 CELLS = SIDE * SIDE
 WORDS = [5, 17, 40, 23, 61, 35, 90, 11, 72, 28]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def patched() -> Iterator[None]:
-    """Not at import: other tests' transformers must stay stock."""
-    import yopo.patch
-
-    yopo.patch.enable()
-    yield
-    yopo.patch.undo()
 
 
 @pytest.fixture(scope="module")

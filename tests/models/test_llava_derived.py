@@ -30,22 +30,13 @@ from yopo.models.known_layouts import recall
 
 if importlib.util.find_spec("llava") is None:
     pytest.skip("llava-torch is not installed", allow_module_level=True)
-pytestmark = pytest.mark.llava
+pytestmark = [pytest.mark.llava, pytest.mark.usefixtures("patched")]
 
 ROOT = Path(__file__).resolve().parents[2]
 PREPARE = "prepare_inputs_labels_for_multimodal"
 IDS = torch.tensor([[1, 5, IMAGE, 7, 8, 17, 40, 23]])
 OTHER = torch.tensor([[1, 9, 4, 61, IMAGE, 35, 90, 11, 12, IMAGE, 28]])
 HOW = dict(do_sample=False, max_new_tokens=5, min_new_tokens=5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def patched() -> Iterator[None]:
-    import yopo.patch
-
-    yopo.patch.enable()
-    yield
-    yopo.patch.undo()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import copy
 import importlib.util
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,13 @@ from yopo.models.known_layouts import recall
 
 if importlib.util.find_spec("llava") is None:
     pytest.skip("llava-torch is not installed", allow_module_level=True)
-pytestmark = pytest.mark.llava
+pytestmark = [pytest.mark.llava, pytest.mark.usefixtures("patched")]
 
 PREPARE = "prepare_inputs_labels_for_multimodal"
 IDS = torch.tensor([[1, 5, IMAGE, 7, 8, 17, 40, 23]])
 ROWS = [[1, 5, IMAGE, 7, 8], [1, 9, 4, IMAGE, 35, 90, IMAGE, 28], [IMAGE, 3]]
 HOW = dict(do_sample=False, max_new_tokens=5, min_new_tokens=5)
 CELLS = SIDE * SIDE
-
-
-@pytest.fixture(scope="module", autouse=True)
-def patched() -> Iterator[None]:
-    import yopo.patch
-
-    yopo.patch.enable()
-    yield
-    yopo.patch.undo()
 
 
 @pytest.fixture(scope="module")
@@ -94,60 +85,53 @@ def put_on(monkeypatch: pytest.MonkeyPatch, model: Any, leaf: Any, method: Any, 
 # -------------------------------------------------------------------------- methods of one's own
 
 
-def counting(own: Any, seen: list[Any]) -> Any:
-    """As LLaVA's; it sees whether there are labels and a mask."""
+def in_full(own: Any, seen: list[Any], change: Callable[[Any, bool], Any]) -> Any:
+    """A method with LLaVA's parameters, which sees whether there are labels and a mask, and
+    `change`s what LLaVA's gives; told whether there were neither."""
 
     def prepare(
         self, input_ids, position_ids, attention_mask, past_key_values, labels, images,
         image_sizes=None,
     ):  # fmt: skip
         seen.append((labels, attention_mask, torch.is_grad_enabled()))
-        return own(
+        out = own(
             self, input_ids, position_ids, attention_mask, past_key_values, labels, images,
             image_sizes,
         )  # fmt: skip
+        return change(out, labels is None and attention_mask is None)
 
     return prepare
+
+
+def counting(own: Any, seen: list[Any]) -> Any:
+    """As LLaVA's."""
+    return in_full(own, seen, lambda out, alone: out)
 
 
 def other_without_labels(own: Any, seen: list[Any]) -> Any:
     """Features are halved where there are no labels: at inference."""
 
-    def prepare(
-        self, input_ids, position_ids, attention_mask, past_key_values, labels, images,
-        image_sizes=None,
-    ):  # fmt: skip
-        seen.append((labels, attention_mask, torch.is_grad_enabled()))
-        out = list(own(
-            self, input_ids, position_ids, attention_mask, past_key_values, labels, images,
-            image_sizes,
-        ))  # fmt: skip
-        if out[4] is not None and labels is None and attention_mask is None:
+    def halved(given: Any, alone: bool) -> Any:
+        out = list(given)
+        if out[4] is not None and alone:
             out[4] = out[4].clone()
             out[4][:, 2 : 2 + CELLS] *= 0.5
         return tuple(out)
 
-    return prepare
+    return in_full(own, seen, halved)
 
 
 def stochastic(own: Any, seen: list[Any]) -> Any:
     """Noise on the features, anew at each call."""
 
-    def prepare(
-        self, input_ids, position_ids, attention_mask, past_key_values, labels, images,
-        image_sizes=None,
-    ):  # fmt: skip
-        seen.append((labels, attention_mask, torch.is_grad_enabled()))
-        out = list(own(
-            self, input_ids, position_ids, attention_mask, past_key_values, labels, images,
-            image_sizes,
-        ))  # fmt: skip
+    def noisy(given: Any, alone: bool) -> Any:
+        out = list(given)
         if out[4] is not None:
             out[4] = out[4].clone()
             out[4][:, 2 : 2 + CELLS] += torch.randn(CELLS, out[4].shape[2])
         return out
 
-    return prepare
+    return in_full(own, seen, noisy)
 
 
 def of_any_arguments(own: Any, seen: list[Any]) -> Any:

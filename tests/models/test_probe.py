@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from layouts import SHAPE, a_plan, build, make_case
+from other_ffn import OtherFFN
 from torch import nn
 
 import yopo
@@ -194,18 +195,6 @@ def test_scaled_rotary_angles_are_accepted_and_right(kind: str, model_type: str)
         stock = model(**given).logits
         yopo.apply(model, yopo.PruningPlan(torch.ones(3, 4)))
         assert (model(**given).logits - stock).abs().max() <= 1e-4 * stock.abs().max()
-
-
-class OtherFFN(nn.Module):
-    """The FFN of a layer with another activation, under the same names."""
-
-    def __init__(self, mlp: Any, act: Any) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        self.act, self.act_fn = act, nn.SiLU()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 def test_a_part_put_in_after_building_is_compared_by_itself() -> None:

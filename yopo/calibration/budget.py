@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from yopo.counting.flops import Prompt, prefill_flops
+from yopo.engine.layer_plan import head_sizes
 from yopo.plan.pruning_plan import PruningPlan
 
 
@@ -21,14 +22,14 @@ class VisualCost:
     """Counts plans of the model that `config` describes on `prompts`."""
 
     def __init__(self, config: Any, prompts: Iterable[Prompt]) -> None:
-        heads = config.num_attention_heads
+        heads, kv_heads, head_dim = head_sizes(config)
         self.shape = SimpleNamespace(
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             num_hidden_layers=config.num_hidden_layers,
             num_attention_heads=heads,
-            num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
         )
         # Visual rows see nothing of what comes after: prompts often differ in that alone.
         self._prompts = Counter(Prompt(p.text_before, p.grids, 0) for p in prompts)

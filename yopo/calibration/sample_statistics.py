@@ -142,12 +142,13 @@ def fingerprint(model: nn.Module) -> str:
     too, as float32: a model has the same one in a wider type. FFN neurons in another order change
     it; adapters do once they change what the model computes.
     """
-    from yopo.models.parts import Parts  # not at the top: statistics are read without transformers
+    # Not at the top: statistics are read without transformers.
+    from yopo.engine.layer_plan import head_sizes
+    from yopo.models.parts import Parts
 
     parts = Parts.of(model)
     config = parts.decoder.config
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    heads, kv_heads, _ = head_sizes(config)
     sizes = (config.num_hidden_layers, heads, kv_heads, config.intermediate_size)
     digest = hashlib.sha256()
     weights = [(name.replace(".base_layer", ""), p) for name, p in parts.outer.named_parameters()]

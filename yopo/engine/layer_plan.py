@@ -133,6 +133,13 @@ def _heads_in_turn(groups: tuple[HeadGroup, ...]) -> Tensor:
     return torch.cat([none, *(group.q for group in groups if group.q is not None)])
 
 
+def head_sizes(config: Any) -> tuple[int, int, int]:
+    """(query heads, key/value heads, features of a head), which configs may leave to be derived."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
 @dataclass(frozen=True)
 class LayerPlans:
     """A plan worked out for one model: each layer's part, how many FFN neurons visual rows use, and
@@ -146,14 +153,13 @@ class LayerPlans:
 
     @classmethod
     def build(cls, config: Any, plan: PruningPlan) -> LayerPlans:
-        heads = config.num_attention_heads
         neurons = plan.ffn_neurons(config.intermediate_size)
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        _, kv_heads, head_dim = head_sizes(config)
         return cls(
             plans=[LayerPlan.build(plan, layer, kv_heads) for layer in range(plan.num_layers)],
             neurons=None if neurons == config.intermediate_size else neurons,
             ffn_size=config.intermediate_size,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_dim=head_dim,
             dropout=getattr(config, "attention_dropout", 0.0) or 0.0,
         )
 

@@ -157,9 +157,8 @@ class _Prompts:
     @classmethod
     def of(cls, embeds: Tensor, layout: VisualLayout) -> _Prompts:
         sample, made = _sample(embeds) if _is_plain(embeds) else None, None
-        if (
-            sample is not None and sample.is_cuda
-        ):  # copied to the CPU when first asked for: nobody waits for it here
+        # Copied to the CPU when first asked for: nobody waits for it here.
+        if sample is not None and sample.is_cuda:
             made = torch.cuda.Event()
             made.record(torch.cuda.current_stream(sample.device))
         version = None if embeds.is_inference() else embeds._version

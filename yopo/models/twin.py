@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yopo.engine.layer_plan import LayerPlans
+from yopo.engine.layer_plan import LayerPlans, head_sizes
 from yopo.models.exchange import derive, original_of, put
 from yopo.models.functions import Functions, attention_function, is_plain
 from yopo.plan.pruning_plan import RELEASED_FIELDS, PruningPlan
@@ -139,16 +139,10 @@ def build_twin(decoder: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return twin.to(dtype).eval().requires_grad_(False)
 
 
-def _heads_of(config: Any) -> tuple[int, int, int]:
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim
-
-
 def _shrunk(config: Any) -> Any:
     """The config of the twin: all layers, few heads of the true size."""
     small = copy.deepcopy(config)
-    heads, kv_heads, head_dim = _heads_of(config)
+    heads, kv_heads, head_dim = head_sizes(config)
     few_kv = 2 if kv_heads > 1 else 1
     few = few_kv * min(heads // kv_heads, 2)
     small.num_attention_heads, small.num_key_value_heads = few, few_kv
@@ -163,7 +157,7 @@ def _shrunk(config: Any) -> Any:
 
 def sizes_of(config: Any) -> list[int]:
     """Sizes that a layer's attributes may name: in the same order for a decoder and its twin."""
-    heads, kv_heads, head_dim = _heads_of(config)
+    heads, kv_heads, head_dim = head_sizes(config)
     both = heads + 2 * kv_heads
     sizes = [config.hidden_size, config.intermediate_size, heads, kv_heads, heads // kv_heads]
     return [*sizes, heads * head_dim, kv_heads * head_dim, both * head_dim]
@@ -198,7 +192,7 @@ def generator(seed: int) -> torch.Generator:
 def _fill_with_noise(twin: Any, sizes: Mapping[str, float]) -> None:
     """Weights under which attention is neither flat nor one-hot, but for `sizes` of projections."""
     noises = generator(0)
-    heads, kv_heads, head_dim = _heads_of(twin.config)
+    heads, kv_heads, head_dim = head_sizes(twin.config)
     fused = {
         "qkv": {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim},
         "gate_up": {"gate": _NEURONS, "up": _NEURONS},
