@@ -87,7 +87,7 @@ def _decode(model: Any, case: Case, cache: Any) -> None:
 
 
 def _masked(model: Any, plan: PruningPlan, case: Case) -> None:
-    released = replace(plan, head_mass="exact", cut_mass="exact", text_mass=None)
+    released = replace(plan, head_mass="exact", cut_mass="exact")
     simulate(model.model, released, case.layout, case.embeds)
 
 

@@ -33,7 +33,7 @@ def simulate(model: Any, plan: PruningPlan, layout: VisualLayout, inputs_embeds:
     sees = _sees(layout, plan).to(device)[:, None]  # (B, 1, n, n)
     bias = torch.zeros_like(sees, dtype=inputs_embeds.dtype).masked_fill(~sees, -torch.inf)
     cos, sin = rope(model, inputs_embeds, torch.arange(n, device=device).expand(batch, -1), n)
-    neurons = plan.ffn_neurons(model.config.intermediate_size)
+    (neurons,) = set(plan.ffn_neurons(model.config.intermediate_size))
     rows = inputs_embeds
     for index, layer in enumerate(model.layers):
         attn, x = layer.self_attn, layer.input_layernorm(rows)

@@ -41,8 +41,7 @@ class _Arm:
         shape, prompt = setting.shape, setting.prompt
         layout = prompt.layout(setting.batch)
         valid = torch.ones(layout.shape, dtype=torch.bool)
-        window = () if plan is None else (plan.window, plan.window_causal)
-        needed = {"prefill": useful(layout, valid, *window), "decode": useful_step(layout, valid)}
+        needed = {"prefill": useful(layout, valid, plan), "decode": useful_step(layout, valid)}
         if plan is None:
             done = {"prefill": stock(layout), "decode": stock_step(layout)}
         else:
@@ -148,6 +147,7 @@ def _described_plan(setting: Setting, plan: PruningPlan) -> dict[str, Any]:
         "layer_cut": plan.layer_cut,
         "window": plan.window,
         "ffn_neurons": plan.ffn_neurons(setting.shape.intermediate_size),
+        "visual_attention": plan.visual_attention,
         "head_mass": plan.head_mass,
         "cut_mass": plan.cut_mass,
     }

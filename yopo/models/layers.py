@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from yopo.engine.layer import LayerCall, attend_layer
@@ -31,11 +32,20 @@ class PrunedLayer(Exchanged):
             if "forward" in vars(part):
                 settle(part)
         (rows,) = args
-        normed = self.input_layernorm(rows)
-        rows = rows + self.self_attn(hidden_states=normed, pruned=pruned)[0]
-        normed = self.post_attention_layernorm(rows)
-        rows = rows + (self.mlp(normed, pruned=pruned) if pruned.slices_ffn else self.mlp(normed))
+        n_text = len(pruned.shared.index.text)
+        attended = self.self_attn(hidden_states=self.input_layernorm(rows), pruned=pruned)[0]
+        rows = _add(rows if pruned.changes_visual else rows[:n_text], attended)
+        normed = self.post_attention_layernorm(rows[:n_text] if pruned.plan.neurons == 0 else rows)
+        fed = self.mlp(normed, pruned=pruned) if pruned.slices_ffn else self.mlp(normed)
+        rows = _add(rows, fed)
         return (rows,) if self.yopo_returns_tuple else rows
+
+
+def _add(rows: Tensor, given: Tensor) -> Tensor:
+    """rows (N, d) with what attention or FFN gave them; or gave text rows alone, the first."""
+    if len(given) == len(rows):
+        return rows + given
+    return torch.cat([rows[: len(given)] + given, rows[len(given) :]])
 
 
 class PrunedAttention(Exchanged):
@@ -56,7 +66,7 @@ class PrunedFFN(Exchanged):
             return set_aside(self, super().forward)(*args, **kwargs)
         shared = pruned.shared
         n_text = len(shared.index.text)
-        return gated_ffn(self, args[0], n_text, shared.neurons, shared.ffn_size)
+        return gated_ffn(self, args[0], n_text, pruned.plan.neurons, shared.ffn_size)
 
 
 def call_layer(layer: nn.Module, rows: Tensor, pruned: LayerCall) -> Tensor:

@@ -143,7 +143,8 @@ def _run_twin(stock: type, config: Any, device: torch.device, mixin: type) -> _V
 
 def _slicing(plans: LayerPlans, config: Any) -> LayerPlans:
     """A plan that prunes nothing, but has the FFN sliced all the same: after its last neuron."""
-    return replace(plans, neurons=config.intermediate_size)
+    size = config.intermediate_size
+    return replace(plans, plans=[replace(plan, neurons=size) for plan in plans.plans])
 
 
 def _twin_of(stock: type, config: Any, device: torch.device) -> Any:

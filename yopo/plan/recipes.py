@@ -18,6 +18,7 @@ import torch
 from yopo.plan import head_mask
 from yopo.plan.config_fields import model_sizes
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.plan.sinks import Sinks
 from yopo.plan.value_checks import share
 
 __all__ = [
@@ -167,8 +168,18 @@ def first_layers(plan: PruningPlan, layers: int) -> PruningPlan:
     before = torch.arange(less) * cut // max(less, 1)
     after = cut + torch.arange(layers - less) * (whole - cut) // max(layers - less, 1)
     rows = torch.cat([before, after])
-    mass = None if plan.text_mass is None else plan.text_mass[rows]
-    return replace(plan, head_keep=plan.head_keep[rows], layer_cut=less, text_mass=mass)
+    sinks = plan.sinks
+    if sinks is not None:
+        sinks = Sinks(sinks.a[rows], None if sinks.b is None else sinks.b[rows], sinks.tokens)
+    return replace(
+        plan,
+        head_keep=plan.head_keep[rows],
+        layer_cut=less,
+        sinks=sinks,
+        window=[plan.windows[row] for row in rows],
+        visual_attention=[plan.visual_attends[row] for row in rows],
+        ffn=[plan.ffn[row] for row in rows] if isinstance(plan.ffn, tuple) else plan.ffn,
+    )
 
 
 def _random_heads(layers: int, heads: int, part: int) -> PruningPlan:
