@@ -24,8 +24,8 @@ from yopo.engine.visual_cache import VisualCache
 from yopo.plan.pruning_plan import PruningPlan
 
 # Who looks on at the attention of each layer with an image (calibration/collect.py): it is given
-# the Shared, the rotated queries of text and of visual rows, and the layer's two stores. Nobody:
-# None.
+# the LayerCall, the queries of text rows before their rotation and after it, the rotated ones of
+# visual rows, and the layer's two stores. Nobody: None.
 OBSERVER: ContextVar[Callable[..., None] | None] = ContextVar("yopo_observer", default=None)
 
 CallLayer = Callable[[nn.Module, Tensor, LayerCall], Tensor]

@@ -128,7 +128,7 @@ def attend_layer(attn: Attention, x: Tensor, call: LayerCall) -> Tensor:
         q, visual_q = project_to_heads(q_proj, x, n_text, plan.visual_heads, n_q, head_dim)
         k, visual_k = project_to_heads(k_proj, x, n_text, plan.visual_key_heads, n_kv, head_dim)
         v, visual_v = project_to_heads(v_proj, x, n_text, plan.visual_value_heads, n_kv, head_dim)
-        logits = _sink_logits(q, plan.sink, shared.index)
+        logits, still = _sink_logits(q, plan.sink, shared.index), q
         q, visual_q = turned(q, visual_q)
         k, visual_k = turned(k, visual_k)
     else:
@@ -144,7 +144,7 @@ def attend_layer(attn: Attention, x: Tensor, call: LayerCall) -> Tensor:
     out = _text_queries(q, logits, plan, shared, stores) if n_text else q
     if visual_q is not None:
         if shared.observer is not None:
-            shared.observer(shared, q, visual_q, stores)
+            shared.observer(call, still, q, visual_q, stores)
         visual_q = _visual_queries(visual_q, plan, shared, stores) if plan.attends_visual else None
     return project_from_heads(attn.o_proj, out, visual_q, plan.visual_heads)
 
