@@ -44,12 +44,12 @@ def prepare(layout: VisualLayout, valid: Tensor, cache: VisualCache, plan: Pruni
             visual_sight(layout, visual, cache, valid, window, plan.window_causal)
             for window in windows(plan)
         )
-    sink_tokens = 1 if plan.sinks is None else plan.sinks.tokens
+    sinks = plan.sinks if "sink" in (plan.head_mass, plan.cut_mass) else None
     return Pass(
         text=text,
         visual=visual,
         rows=torch.cat([text.rows, visual.rows]),
-        text_sight=TextSight.build(text, cache, valid, sink_tokens),
+        text_sight=TextSight.build(text, cache, valid, sinks),
         visual_sight=sight,
     )
 
@@ -108,8 +108,9 @@ def run(
         in_place=in_place,
         observer=OBSERVER.get(),
     )
-    both: Tensor | None = inputs_embeds.flatten(0, 1)[index.rows.to(inputs_embeds.device)]
-    text, visual = both.tensor_split([len(index.text)])  # and both: None once text went on alone
+    rows = inputs_embeds.flatten(0, 1)[index.rows.to(inputs_embeds.device)]
+    text, visual = rows.tensor_split([len(index.text)])
+    both: Tensor | None = rows  # text and visual; None once text went on alone
 
     def merge() -> Tensor:
         every = both

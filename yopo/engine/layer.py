@@ -19,7 +19,6 @@ from yopo.engine.visual_attention import Blocks, ImageGroup, visual_attention
 from yopo.engine.visual_cache import HeadStore
 from yopo.engine.weights import (
     Attention,
-    Linear,
     project_from_heads,
     project_to_heads,
     to_heads,
@@ -181,12 +180,13 @@ def _fill(
 
 def _sink_logits(q: Tensor, sink: SinkWeights | None, index: Pass) -> Tensor | None:
     """The sinks' logits (B, H, W, 1) float32 of text queries q (Nt, H, D) before their rotation."""
-    if sink is None or not len(q):
+    shift = index.text_sight.sink_shift
+    if sink is None or shift is None or not len(q):
         return None
     logits = sink.a.expand(-1, len(q), 1)  # (H, Nt, 1)
     if sink.b is not None:
         logits = torch.baddbmm(sink.a, q.transpose(0, 1).to(sink.b.dtype), sink.b)
-    return index.text.pad(logits.transpose(0, 1)) + index.text_sight.sink_shift
+    return index.text.pad(logits.transpose(0, 1)) + shift
 
 
 def _text_queries(

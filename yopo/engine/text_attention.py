@@ -1,8 +1,8 @@
 """Softmax attention of text queries, and what both kinds of queries share: `attend` and `Sight`.
 
 Tensors in, tensors out; masks are built once per forward, on the CPU, and shared by all layers.
-Knows nothing of models, weights or a plan's head lists. Visual queries: neighbours.py. Formulas:
-YOPO (arXiv 2410.06169), section 3.
+Knows nothing of models, weights or a plan's head lists. Visual queries: visual_attention.py.
+Formulas: YOPO (arXiv 2410.06169), section 3.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from yopo.engine.packing import Packing
 from yopo.engine.visual_cache import HeadStore, VisualCache
+from yopo.plan.sinks import Sinks
 
 
 class Sight(Enum):
@@ -86,12 +87,15 @@ def _attend_sink(
 ) -> Tensor:
     """`attend` with a sink, by a key in front whose product with each query is that query's logit:
     eight features more than the others have (kernels want multiples of eight), of which the first
-    is the logit in queries, 1 / scale in the sink's key and 0 in the others. So no mask with a
-    head dimension, (B, H, Q, S), is held.
+    two are the logit in queries, 1 / scale in the sink's key and 0 in the others. Two, as half
+    precision rounds a logit of 10 by up to 0.03: the second is what the first has rounded away.
+    So no mask with a head dimension, (B, H, Q, S), is held.
     """
-    q = torch.cat([q, sink.to(q.dtype), q.new_zeros(1).expand(*q.shape[:3], 7)], dim=-1)
+    high = sink.to(q.dtype)
+    low = (sink - high).to(q.dtype)
+    q = torch.cat([q, high, low, q.new_zeros(1).expand(*q.shape[:3], 6)], dim=-1)
     first = k.new_zeros(*k.shape[:2], 1, k.shape[3] + 8)
-    first[..., k.shape[3]] = 1 / scale
+    first[..., k.shape[3] : k.shape[3] + 2] = 1 / scale
     k = torch.cat([first, F.pad(k, (0, 8))], dim=2)
     dim = v.shape[3]
     v = F.pad(v, (0, 8, 1, 0))
@@ -119,27 +123,32 @@ class TextSight:
     every: (B, 1, W, V + T) bool over visual then text slots; None: everything.
     text: (B, 1, W, T) bool over the text slots; None: everything, or with `causal` those up to
         its own.
-    sink_shift: (B, 1, W, 1) float32, log of how many visual tokens come before the query, over the
-        number that the plan's sinks stand for; NO_SINK where none does.
+    sink_shift: (B, 1, W, 1) float32, what is added to the sinks' logits: log of how many visual
+        tokens come before the query, over the number that they stand for; NO_SINK where none does.
+        None: the plan uses no sinks.
     """
 
     every: Tensor | None
     text: Tensor | None
     causal: bool
-    sink_shift: Tensor
+    sink_shift: Tensor | None
 
     @classmethod
     def build(
-        cls, text: Packing, cache: VisualCache, valid: Tensor, sink_tokens: int = 1
+        cls, text: Packing, cache: VisualCache, valid: Tensor, sinks: Sinks | None = None
     ) -> TextSight:
-        """`valid` (B, length) bool: which places of the whole sequence are no padding.
-        sink_tokens: how many visual tokens one sink stands for."""
+        """`valid` (B, length) bool: which places of the whole sequence are no padding. sinks: those
+        that the plan uses."""
         order = torch.cat([cache.visual_order, cache.text_order], dim=1)  # (B, V + T)
         n_visual = cache.visual_order.shape[1]
         alive = (order >= 0) & valid.gather(1, order.clamp(min=0))
         mine = text.order[:, :, None]
         every = alive[:, None, :] & (order[:, None, :] <= mine)  # (B, W, V + T)
-        before = every[:, None, :, :n_visual].sum(-1, dtype=torch.float32)[..., None]
+        shift = None
+        if sinks is not None:
+            before = every[:, None, :, :n_visual].sum(-1, keepdim=True).float()
+            share = before.clamp(max=1) if sinks.tokens is None else before / sinks.tokens
+            shift = share.log().clamp(min=NO_SINK)
         # Empty query slots see all: their output is dropped, but must not be NaN.
         every = (every | (mine < 0))[:, None]
         text_only = every[..., n_visual:]
@@ -151,7 +160,7 @@ class TextSight:
             None if bool(every.all()) else every,
             None if causal or bool(text_only.all()) else text_only.contiguous(),
             causal,
-            (before / sink_tokens).log().clamp(min=NO_SINK),
+            shift,
         )
 
 

@@ -40,7 +40,7 @@ _FIRST = frozenset(
     | _OPTIONAL
 )
 _FIELDS = {1: _FIRST | {"text_mass"}, 2: _FIRST | {"ffn", "visual_attention", "sinks"}}
-# What stood for the text's part of the softmax when constants were fitted is not in format 1; that
+# Format 1 does not say what the text's part of the softmax was when its constants were fitted: that
 # of so many keys with the logit 0 is taken for it.
 _TEXT_KEYS = 60
 
@@ -91,7 +91,7 @@ def unpack(
 
 
 def _constants_to_sinks(values: dict[str, Any], layers: int, heads: int) -> None:
-    """Puts sinks in place of the constants of calibrated mass: m = sigmoid(text's logsumexp - a)."""
+    """Puts sinks in place of the constants m of calibrated mass, by m = sigmoid(text's lse - a)."""
     masses = [values["head_mass"], values["cut_mass"]]
     constants = values.pop("text_mass")
     if ("calibrated" in masses) != (constants is not None):
@@ -104,7 +104,8 @@ def _constants_to_sinks(values: dict[str, Any], layers: int, heads: int) -> None
     m = as_numbers("text_mass", constants, 2)
     if tuple(m.shape) != (layers, heads) or bool(((m < 0) | (m > 1)).any()):
         raise ValueError(f"text_mass must be {layers} rows of {heads} numbers from 0 to 1")
-    values["sinks"] = sinks.Sinks(math.log(_TEXT_KEYS) - m.logit(eps=1e-6))
+    # A constant was the same for any image: tokens=None.
+    values["sinks"] = sinks.Sinks(math.log(_TEXT_KEYS) - m.logit(eps=1e-6), tokens=None)
     for name in ("head_mass", "cut_mass"):
         values[name] = "sink" if values[name] == "calibrated" else values[name]
     warnings.warn(

@@ -19,7 +19,7 @@ from yopo.files import read_json, write_json
 from yopo.plan import block as plan_block
 from yopo.plan import config_fields, head_mask, words
 from yopo.plan.config_fields import RELEASED_FIELDS as RELEASED_FIELDS
-from yopo.plan.sinks import FILE, REMEDY, Sinks
+from yopo.plan.sinks import FILE, REMEDY, Sinks, remember
 from yopo.plan.value_checks import as_mask, flag, integer, listed, per_layer, ratio
 
 MASSES = ("exact", "drop", "sink")
@@ -55,7 +55,7 @@ class PruningPlan:
     """
 
     head_keep: torch.Tensor
-    window: int | None | Sequence[int | None] = None
+    window: int | Sequence[int | None] | None = None
     layer_cut: int = cast(int, None)  # an int in every plan made
     ffn_ratio: float = 1
     head_mass: str = "exact"
@@ -64,7 +64,7 @@ class PruningPlan:
     prune_visual_queries: bool = True
     sinks: Sinks | None = None
     ffn_order: str | None = None
-    ffn: int | None | Sequence[int | None] = None
+    ffn: int | Sequence[int | None] | None = None
     visual_attention: bool | Sequence[bool] = True
 
     def __post_init__(self) -> None:
@@ -140,24 +140,23 @@ class PruningPlan:
     @property
     def windows(self) -> tuple[int | None, ...]:
         """The window of each layer."""
-        return self.window if isinstance(self.window, tuple) else (self.window,) * self.num_layers
+        return _each(self.window, self.num_layers)
 
     @property
     def visual_attends(self) -> tuple[bool, ...]:
         """Whether visual tokens attend in each layer."""
-        value = self.visual_attention
-        return value if isinstance(value, tuple) else (value,) * self.num_layers
+        return _each(self.visual_attention, self.num_layers)
 
     def ffn_neurons(self, intermediate_size: int) -> tuple[int, ...]:
         """How many of the I FFN neurons visual tokens use in each layer."""
         if self.ffn is not None:
-            given = self.ffn if isinstance(self.ffn, tuple) else (self.ffn,) * self.num_layers
-            chosen = tuple(intermediate_size if one is None else one for one in given)
+            given = _each(self.ffn, self.num_layers)
+            chosen = [intermediate_size if one is None else one for one in given]
             if max(chosen) > intermediate_size:
                 raise ValueError(
                     f"ffn is {max(chosen)}; allowed: 0 to intermediate_size, {intermediate_size}"
                 )
-            return chosen
+            return tuple(chosen)
         neurons = int(intermediate_size / self.ffn_ratio)
         if neurons < 1:
             raise ValueError(
@@ -189,6 +188,8 @@ class PruningPlan:
         fields stay as they are. Sinks with b are a file of their own, which save_pretrained writes
         (`Sinks.save`)."""
         self.validate(config)
+        if self.sinks is not None:
+            remember(self.sinks)
         config_fields.put_block(config, self._to_block())
 
     @classmethod
@@ -325,6 +326,11 @@ class PruningPlan:
         if self.sinks is not None:
             values["sinks"] = self.sinks.to_block(sinks_file)
         return plan_block.pack(values)
+
+
+def _each(value: Any, layers: int) -> tuple[Any, ...]:
+    """The value of each layer, of one that `per_layer` gave."""
+    return value if isinstance(value, tuple) else (value,) * layers
 
 
 def _window(field: str, value: object) -> int | None:

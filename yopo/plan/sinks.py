@@ -4,7 +4,7 @@ fitted (calibration/sink_fit.py), nor of what the engine makes of them.
 
 In a plan's block sinks without `b` stand as numbers; with it they are in a safetensors file beside
 the config, which the block names with a checksum. Sinks that were in this process once are known
-by their checksum: a config that is copied in memory needs no file.
+by their checksum from the moment a config names them: one that is copied in memory needs no file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -36,14 +35,14 @@ class Sinks:
     the query add log(N / tokens) to it.
 
     a: (L, H) float32. b: (L, H, D) float32; None: 0. tokens: how many visual tokens the logit
-    stands for.
+    stands for; None: for any number, nothing is added.
 
     Raises ValueError naming the field, its value and what is allowed.
     """
 
     a: Tensor
     b: Tensor | None = None
-    tokens: int = 1
+    tokens: int | None = 1
 
     def __post_init__(self) -> None:
         a = as_numbers("sinks.a", self.a, 2)
@@ -56,7 +55,8 @@ class Sinks:
                     "and the size of a head"
                 )
             object.__setattr__(self, "b", b)
-        object.__setattr__(self, "tokens", integer("sinks.tokens", self.tokens, 1, None))
+        if self.tokens is not None:
+            object.__setattr__(self, "tokens", integer("sinks.tokens", self.tokens, 1, None))
 
     @cached_property
     def checksum(self) -> str:
@@ -76,7 +76,6 @@ class Sinks:
         """What the block of a plan says of them, `file` being where they are saved."""
         if self.b is None:
             return {"tokens": self.tokens, "a": self.a.tolist()}
-        _NAMED[self.checksum] = self
         return {"tokens": self.tokens, "file": file, "checksum": self.checksum}
 
     def save(self, file: Path) -> None:
@@ -86,7 +85,15 @@ class Sinks:
                 save_file({"a": self.a, "b": self.b}, partial, metadata={"format": "pt"})
 
 
-_NAMED: dict[str, Sinks] = {}  # those of which a block says the checksum only
+# Those of which a config in this process says the checksum only. Never let go: the config may be
+# all that is left of the plan, and its file not yet written.
+_NAMED: dict[str, Sinks] = {}
+
+
+def remember(sinks: Sinks) -> None:
+    """Blocks that name `sinks` need no file in this process."""
+    if sinks.b is not None:
+        _NAMED[sinks.checksum] = sinks
 
 
 def from_block(block: object, checkpoint: str | None, revision: str | None = None) -> Sinks:
@@ -101,8 +108,10 @@ def from_block(block: object, checkpoint: str | None, revision: str | None = Non
     if "a" in keys:
         return Sinks(block["a"], None, block["tokens"])
     name, checksum = block["file"], block["checksum"]
-    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
         raise ValueError(f"sinks.file is {name!r}; allowed: the name of a .safetensors file")
+    if not isinstance(checksum, str) or not _CHECKSUM.fullmatch(checksum):
+        raise ValueError(f"sinks.checksum is {checksum!r}; allowed: 'sha256:' and 64 hex digits")
     if checksum in _NAMED:
         return _NAMED[checksum]
     path = _find(name, checkpoint, revision)

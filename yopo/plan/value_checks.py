@@ -68,14 +68,23 @@ def share(field: str, value: object) -> float:
 
 
 def as_numbers(name: str, values: object, dimensions: int) -> torch.Tensor:
-    """`values`, finite numbers in so many dimensions, as a fresh float32 tensor on the CPU.
+    """`values` (tensor, ndarray or nested lists), finite numbers in so many dimensions, as a fresh
+    contiguous float32 tensor on the CPU.
 
     Raises ValueError that names `name` and the shape, or the first offending index and its value.
     """
+    if not isinstance(values, torch.Tensor | np.ndarray):
+        for index, cell in np.ndenumerate(_cells(name, values)):
+            if isinstance(cell, bool) or not isinstance(cell, Real):
+                raise ValueError(f"{name}{list(index)} is {cell!r}; allowed: finite numbers")
     try:
-        numbers = torch.as_tensor(values).detach().to("cpu", torch.float32, copy=True)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        # An explicit device: models are built under torch.device("meta") in transformers 5.
+        given = torch.as_tensor(values, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError, NotImplementedError) as error:
         raise ValueError(f"{name} must be numbers of one shape: {error}") from error
+    if given.dtype is torch.bool or given.is_complex():
+        raise ValueError(f"{name} is of {given.dtype}; allowed: finite numbers")
+    numbers = given.to(torch.float32, copy=True).contiguous()
     if numbers.dim() != dimensions or 0 in numbers.shape:
         raise ValueError(
             f"{name} has shape {tuple(numbers.shape)}; allowed: {dimensions} dimensions, none empty"
@@ -97,7 +106,7 @@ def _cells(name: str, values: object) -> np.ndarray:
         # dtype=object: otherwise one string among the numbers would make strings of them all.
         return np.array(values, dtype=object)
     except ValueError as error:  # rows of different depth
-        raise ValueError(f"{name} must be a rectangular (layers, heads) array: {error}") from error
+        raise ValueError(f"{name} must be a rectangular array: {error}") from error
 
 
 def flag(field: str, value: object) -> bool:

@@ -5,17 +5,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 
 def summary(plan: Any) -> str:
     """What `plan` prunes: what visual tokens compute, who reads them, the masses that matter."""
     below = plan.head_keep[: plan.layer_cut]
+    passed = below if plan.cut_mass != "exact" else plan.head_keep  # by visual tokens
     cut = plan.layer_cut < plan.num_layers
     tokens = _tokens(plan)
     if not tokens and below.all() and not cut:
         return "Nothing is pruned."
     said = [f"Visual tokens {' and '.join(tokens)}."] if tokens else []
     said.append(_readers(plan))
-    if not (below if plan.cut_mass != "exact" else plan.head_keep).all():
+    attending = torch.tensor(plan.visual_attends, device="cpu")[: len(passed)]
+    if not passed[attending].all():
         gives = "give nothing" if plan.prune_visual_queries else "give what text says"
         said.append(f"To visual tokens pruned heads {gives}.")
     masses: dict[str, list[str]] = {}
