@@ -95,19 +95,7 @@ def run(
     index: what `prepare` made of it. cos, sin: (B, n, D). cache: filled.
     """
     shape = inputs_embeds.shape
-    angles = index.rows.to(cos.device)
-    in_place = how.keep_cache and not torch.is_grad_enabled()
-    shared = Shared(
-        index=index,
-        cos=cos.flatten(0, 1)[angles].unsqueeze(1),
-        sin=sin.flatten(0, 1)[angles].unsqueeze(1),
-        head_dim=plans.head_dim,
-        scale=plans.head_dim**-0.5,
-        dropout=how.dropout,
-        ffn_size=plans.ffn_size,
-        in_place=in_place,
-        observer=OBSERVER.get(),
-    )
+    shared = _shared(plans, index, cos, sin, how)
     rows = inputs_embeds.flatten(0, 1)[index.rows.to(inputs_embeds.device)]
     text, visual = rows.tensor_split([len(index.text)])
     both: Tensor | None = rows  # text and visual; None once text went on alone
@@ -128,7 +116,7 @@ def run(
         if here is None or here[1] != device:
             here = to_device(shared, device), device
         before, into = stores, None
-        if not in_place:
+        if not shared.in_place:
             before = stores[0].fork(), stores[1].fork()
             into = stores if how.keep_cache else None
         call = LayerCall(plan, here[0], before, into)
@@ -143,6 +131,21 @@ def run(
             both, text = None, out
     cache.filling = False
     return merge()
+
+
+def _shared(plans: LayerPlans, index: Pass, cos: Tensor, sin: Tensor, how: Run) -> Shared:
+    angles = index.rows.to(cos.device)
+    return Shared(
+        index=index,
+        cos=cos.flatten(0, 1)[angles].unsqueeze(1),
+        sin=sin.flatten(0, 1)[angles].unsqueeze(1),
+        head_dim=plans.head_dim,
+        scale=plans.head_dim**-0.5,
+        dropout=how.dropout,
+        ffn_size=plans.ffn_size,
+        in_place=how.keep_cache and not torch.is_grad_enabled(),
+        observer=OBSERVER.get(),
+    )
 
 
 def execution_device(layer: nn.Module, default: torch.device) -> torch.device:
