@@ -2,7 +2,8 @@
 only: nothing is run, loaded or printed.
 
 A multiply-add is two FLOPs; norms, softmax, rotation, the vision tower and its projector are left
-out. Which heads, rows and neurons a layer computes is read off the engine's own LayerPlan, so
+out, and so is what a sink adds to the shapes of several queries' attention, a key and 8 features
+(text_attention.py); its logit is counted. Which heads, rows and neurons a layer computes is read off the engine's own LayerPlan, so
 projections and FFN count what the engine executes, to the FLOP. Attention counts by the `Work` it
 is given (pairs.py): the (query, key) pairs that see each other, or those that the engine computes,
 which are more (it attends in bands, masked pairs included).
@@ -126,9 +127,11 @@ def _layer(shape: Any, layer: LayerPlan, work: Work) -> LayerFlops:
     rows = work.visual_rows
     of_visual = work.visual[layer.window if len(work.visual) > 1 else 0]
     queries = visual_queries(layer, heads)
+    has_b = layer.sink is not None and layer.sink.b is not None
+    logits = work.text_rows * heads * vector if has_b else 0
     return LayerFlops(
         text_projections=work.text_rows * weight * 2 * (heads + shape.num_key_value_heads),
-        text_attention=attention(layer.text, work.text),
+        text_attention=attention(layer.text, work.text) + logits,
         text_ffn=work.text_rows * neuron * shape.intermediate_size,
         visual_projections=rows * weight * (2 * queries + visual_vectors(layer)),
         visual_attention=attention(layer.visual, of_visual),

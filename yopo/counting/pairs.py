@@ -39,13 +39,12 @@ class Work:
     visual: tuple[Mapping[Sight, int], ...]
 
 
-def _products(own: int, visual: int, queries: int = 0) -> dict[Sight, int]:
-    """Products with `own` pairs over text keys and `visual` pairs over visual ones, of so many
-    `queries`."""
+def _products(own: int, visual: int) -> dict[Sight, int]:
+    """Products with `own` pairs over text keys and `visual` pairs over visual ones."""
     return {
         Sight.ALL: 2 * (own + visual),
         Sight.MASS: 2 * own + visual,  # a score each, but no value
-        Sight.SINK: 2 * own + queries,  # the logit of each
+        Sight.SINK: 2 * own,  # and a logit, which flops.py counts
         Sight.NOTHING: 2 * own,
     }
 
@@ -67,7 +66,7 @@ def useful(layout: VisualLayout, valid: Tensor, plan: PruningPlan | None = None)
     return Work(
         text_rows=int(n_text.sum()),
         visual_rows=int(n_visual.sum()),
-        text=_products(text_text, text_visual, int(n_text.sum())),
+        text=_products(text_text, text_visual),
         visual=tuple(
             _products(visual_text, _visual_pairs(layout, valid, window, causal))
             for window, causal in seen
@@ -110,7 +109,7 @@ def useful_step(layout: VisualLayout, valid: Tensor) -> Work:
     """One decode step after that prefill: a text token in each row that sees all before it."""
     batch = valid.shape[0]
     own = int((valid & ~layout.visual).sum()) + batch
-    return Work(batch, 0, _products(own, int((valid & layout.visual).sum()), batch), NO_ROWS)
+    return Work(batch, 0, _products(own, int((valid & layout.visual).sum())), NO_ROWS)
 
 
 def executed(layout: VisualLayout, valid: Tensor, plan: PruningPlan) -> Work:
@@ -121,10 +120,9 @@ def executed(layout: VisualLayout, valid: Tensor, plan: PruningPlan) -> Work:
     index = prepare(layout, valid, cache, plan)
     text, visual = index.text, index.visual
     pairs = batch * text.width
-    mass_text = _products(pairs * text.width, pairs * visual.width, pairs)
+    mass_text = _products(pairs * text.width, pairs * visual.width)
     if text.width > 1:  # several queries at once: their values are padded with zeros
         mass_text[Sight.MASS] = mass_text[Sight.ALL]
-        mass_text[Sight.SINK] += 2 * pairs
     of_visual = (_executed_visual(text, visual, sight) for sight in index.visual_sight)
     return Work(len(text), len(visual), mass_text, tuple(of_visual) or NO_ROWS)
 
@@ -155,7 +153,7 @@ def executed_step(layout: VisualLayout, valid: Tensor) -> Work:
     """What the engine computes in the decode step after it: a query against every slot."""
     batch = valid.shape[0]
     text, visual = packings(layout, valid, 0)
-    products = _products(batch * (text.width + 1), batch * visual.width, batch)
+    products = _products(batch * (text.width + 1), batch * visual.width)
     return Work(batch, 0, products, NO_ROWS)
 
 
