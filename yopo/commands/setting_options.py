@@ -101,7 +101,7 @@ def _with_masses(plan: PruningPlan | None, mass: str | None, head_dim: int) -> P
     if plan is None:
         raise BadInput(f"--mass is {mass!r}, but there is no plan: leave it out, or name a --plan")
     try:
-        if plan.sinks is None:
+        if plan.sinks is None and "sink" in mass:
             shape = plan.head_keep.shape
             plan = replace(plan, sinks=Sinks(torch.zeros(shape), torch.zeros(*shape, head_dim)))
         return plan.with_mass(mass, name="--mass")

@@ -21,8 +21,8 @@ from yopo.plan.pruning_plan import PruningPlan
 
 PAPER = (
     "visual tokens only, per layer 2(4nd² + 2n²d + 3ndm); under a plan the share of kept heads on "
-    "both attention terms, 1/r of the FFN, nothing from the layer cut on; the window, the text and "
-    "the mass modes are not counted"
+    "both attention terms, of neurons in the FFN, nothing from the layer cut on; the window, the text "
+    "and the mass modes are not counted"
 )
 
 
@@ -139,6 +139,7 @@ def _reading(plan: PruningPlan, layer: int) -> int:
 
 def _described_plan(setting: Setting, plan: PruningPlan) -> dict[str, Any]:
     below = plan.head_keep[: plan.layer_cut]
+    neurons = plan.ffn_neurons(setting.shape.intermediate_size)
     return {
         "name": setting.plan_name or "the checkpoint's own",
         "summary": plan.summary(),
@@ -146,7 +147,7 @@ def _described_plan(setting: Setting, plan: PruningPlan) -> dict[str, Any]:
         "heads_below_cut": below.numel(),
         "layer_cut": plan.layer_cut,
         "window": plan.window,
-        "ffn_neurons": plan.ffn_neurons(setting.shape.intermediate_size),
+        "ffn_neurons": neurons[0] if len(set(neurons)) == 1 else neurons,
         "visual_attention": plan.visual_attention,
         "head_mass": plan.head_mass,
         "cut_mass": plan.cut_mass,

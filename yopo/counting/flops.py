@@ -3,10 +3,10 @@ only: nothing is run, loaded or printed.
 
 A multiply-add is two FLOPs; norms, softmax, rotation, the vision tower and its projector are left
 out, and so is what a sink adds to the shapes of several queries' attention, a key and 8 features
-(text_attention.py); its logit is counted. Which heads, rows and neurons a layer computes is read off the engine's own LayerPlan, so
-projections and FFN count what the engine executes, to the FLOP. Attention counts by the `Work` it
-is given (pairs.py): the (query, key) pairs that see each other, or those that the engine computes,
-which are more (it attends in bands, masked pairs included).
+(text_attention.py); its logit is counted. Which heads, rows and neurons a layer computes is read
+off the engine's own LayerPlan, so projections and FFN count what the engine executes, to the FLOP.
+Attention counts by the `Work` it is given (pairs.py): the (query, key) pairs that see each other,
+or those that the engine computes, which are more (it attends in bands, masked pairs included).
 
 `paper_tflops` counts as the YOPO paper's tables do instead.
 """
