@@ -21,8 +21,8 @@ from yopo.plan.pruning_plan import PruningPlan
 
 PAPER = (
     "visual tokens only, per layer 2(4nd² + 2n²d + 3ndm); under a plan the share of kept heads on "
-    "both attention terms, of neurons in the FFN, nothing from the layer cut on; the window, the text "
-    "and the mass modes are not counted"
+    "both attention terms, of neurons in the FFN, nothing from the layer cut on; the window, the "
+    "text and the mass modes are not counted"
 )
 
 
