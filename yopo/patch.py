@@ -23,6 +23,7 @@ from yopo.versions import require_transformers
 _NAMES = ("post_init", "from_pretrained")
 
 _stock: dict[str, Any] = {}  # what undo() puts back; empty: not enabled
+_ours: dict[str, Any] = {}  # and in whose place
 
 
 def enable() -> None:
@@ -44,23 +45,27 @@ def enable() -> None:
     @functools.wraps(stock["post_init"])
     def post_init(self: Any) -> None:
         stock["post_init"](self)
-        prune_loaded(self)
+        if _stock:
+            prune_loaded(self)
 
     @functools.wraps(stock["from_pretrained"].__func__)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         loaded = stock["from_pretrained"].__get__(None, cls)(*args, **kwargs)
-        prune_loaded(loaded[0] if isinstance(loaded, tuple) else loaded)
+        if _stock:
+            prune_loaded(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
     _stock.update(stock)
-    PreTrainedModel.post_init = post_init
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    _ours.update(post_init=post_init, from_pretrained=classmethod(from_pretrained))
+    for name, method in _ours.items():
+        setattr(PreTrainedModel, name, method)
     llava_tokenizer.install()
     accompany_adapters(apply)
 
 
 def undo() -> None:
-    """Leaves transformers as it was before enable(); does nothing when not enabled.
+    """Leaves transformers as it was before enable(); does nothing when not enabled. A method that
+    somebody else has wrapped since stays theirs, and does nothing of ours.
 
     Models made meanwhile stay what they are: one that was loaded with a plan goes on by it. LLaVA's
     classes keep their wrapped methods (original_llava.py), and peft's (peft_adapters.py): these
@@ -73,9 +78,11 @@ def undo() -> None:
 
     leave_transformers()
     for name in _NAMES:
-        setattr(PreTrainedModel, name, _stock[name])
+        if vars(PreTrainedModel)[name] is _ours[name]:
+            setattr(PreTrainedModel, name, _stock[name])
     llava_tokenizer.uninstall()
     _stock.clear()
+    _ours.clear()
 
 
 @contextmanager

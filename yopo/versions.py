@@ -40,6 +40,7 @@ __all__ = [
     "require_transformers",
     "rope",
     "sliding_window",
+    "takes_any_position",
     "weights_only_is_safe",
 ]
 
@@ -136,8 +137,8 @@ def rope(model: nn.Module, x: Tensor, position_ids: Tensor, length: int) -> tupl
     attention's before; (x, position_ids) from 4.38 on, (x, seq_len) tables before. M-RoPE's three
     sets of angles are put together by the attention up to 4.57, by the module itself from 5 on.
     """
-    rotary = getattr(model, "rotary_emb", None) or model.layers[0].self_attn.rotary_emb
-    if "position_ids" in inspect.signature(rotary.forward).parameters:
+    rotary = _rotary_of(model)
+    if takes_any_position(model):
         names = ("rope_parameters", "rope_scaling")
         settings = next(filter(None, (getattr(model.config, name, None) for name in names)), {})
         sections = settings.get("mrope_section")
@@ -149,6 +150,15 @@ def rope(model: nn.Module, x: Tensor, position_ids: Tensor, length: int) -> tupl
         return cos, sin
     cos, sin = rotary(x, seq_len=max(length, int(position_ids.max()) + 1))
     return cos[position_ids], sin[position_ids]
+
+
+def takes_any_position(model: nn.Module) -> bool:
+    """Whether an unpruned model takes position_ids beyond the length of its row: from 4.38 on."""
+    return "position_ids" in inspect.signature(_rotary_of(model).forward).parameters
+
+
+def _rotary_of(model: nn.Module) -> Any:
+    return getattr(model, "rotary_emb", None) or model.layers[0].self_attn.rotary_emb
 
 
 def _mrope(angles: Tensor, sections: list[int]) -> Tensor:
@@ -200,6 +210,15 @@ def llava_expects_images_in_ids() -> bool:
     step too, for a prompt that they have yet to expand, and then look into the cache: 4.46, 4.47.
     Embeddings they take as they are."""
     return (4, 46) <= Version(transformers.__version__).release[:2] <= (4, 47)
+
+
+@cache
+def no_maximum() -> Any:
+    """What a DynamicCache says of its greatest length: None, or -1 from 4.54 on. It is asked for
+    by get_max_length up to 4.45 and from 5.13 on, by get_max_cache_shape between."""
+    layer = getattr(transformers.cache_utils, "DynamicLayer", None)
+    asked = DynamicCache() if layer is None else layer()
+    return (getattr(asked, "get_max_cache_shape", None) or asked.get_max_length)()
 
 
 def clear_dynamic_cache(cache: Any) -> None:

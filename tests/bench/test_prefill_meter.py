@@ -21,9 +21,10 @@ PLAN = PruningPlan(torch.ones(LAYERS, HEADS).tril(), window=3, layer_cut=2)
 
 @pytest.mark.parametrize("plan", [None, PLAN], ids=["dense", "pruned"])
 @pytest.mark.parametrize("kind", [pytest.param(KINDS[n], id=n) for n in HERE])
-def test_visual_tokens_are_the_placeholders_of_the_prompt(
+def test_visual_tokens_are_the_placeholders_of_the_prompt_that_are_no_newlines(
     kind: Kind, plan: PruningPlan | None
 ) -> None:
+    """Of a dense model nobody knows which are newlines: it counts them in."""
     model = build_family(kind, VOCAB)
     if plan is not None:
         yopo.apply(model, plan)
@@ -32,6 +33,8 @@ def test_visual_tokens_are_the_placeholders_of_the_prompt(
     ids = given.pop("input_ids")
     made = model.generate(ids, **given, max_new_tokens=4, do_sample=False)
     visual = int((ids == IMAGE).sum())
+    if plan is not None and "next" in kind.name:
+        visual -= 6  # lines of the picture, 6 × 8 in its tiles, each with a newline
     assert 0 < visual < ids.shape[1] and made.shape[1] == ids.shape[1] + 4
     prefill, further = meter.report().split("; ")
     told = re.fullmatch(r"prefill: (\d+) tokens \((\d+) visual, (\d+) text\) in [\d.]+ s", prefill)

@@ -34,7 +34,7 @@ from layouts import (
 from oracle import extended, oracle_forward
 from torch import Tensor
 
-from yopo import apply
+from yopo import apply, plan_of
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import DynamicCache
 
@@ -303,6 +303,21 @@ def test_a_copied_cache_goes_its_own_way() -> None:
         out = model(**columns(longer, n, n + 2, cache, None))
         close(out.logits, truth_of(model, plan, longer)[:, n:])
         assert out.past_key_values.get_seq_length() == n + 2
+
+
+@torch.no_grad()
+def test_a_filled_cache_has_as_great_a_length_as_stock_s() -> None:
+    caches = []
+    for model in (build(SHAPE, a_plan()), build(SHAPE, None)):
+        caches.append(dynamic_cache(model))
+        given = left_padded().kwargs()
+        if plan_of(model) is None:
+            given = {k: v for k, v in given.items() if not k.startswith("visual")}
+        model(**given, past_key_values=caches[-1])
+    for name in ("get_max_length", "get_max_cache_shape"):
+        if hasattr(caches[1], name):
+            ours, stock = (getattr(cache, name)() for cache in caches)
+            assert ours == stock and type(ours) is type(stock)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import types
 from typing import Any
 
@@ -92,3 +93,61 @@ def test_copies_of_a_pruned_model_are_pruned_on_their_own() -> None:
     with torch.no_grad():
         dense = model(**{k: v for k, v in told.items() if not k.startswith("visual")}).logits
     assert yopo.plan_of(twin) == a_plan() and not torch.equal(logits(twin), dense)
+
+
+def test_two_models_with_one_config_object_each_keep_their_plan() -> None:
+    config, first, second = SHAPE.config(), a_plan(), a_plan("drop", "drop")
+    one, two = (transformers.LlamaForCausalLM(config) for _ in range(2))
+    yopo.apply(one, first)
+    yopo.apply(two, second)
+    found = [PruningPlan.from_config(model.config) for model in (one, two)]
+    assert found == [first, second]
+    assert all(m.config is two.config for m in two.modules() if hasattr(m, "config"))
+    yopo.remove(two)
+    assert PruningPlan.from_config(two.config) is None
+    assert PruningPlan.from_config(one.config) == first and yopo.plan_of(one) == first
+    yopo.remove(one)
+    assert PruningPlan.from_config(one.config) is None
+
+
+def test_a_plan_taken_off_stays_in_the_config_of_a_model_built_from_the_same() -> None:
+    from yopo import patch  # not above: importing it enables it
+
+    with patch.patched():
+        config = SHAPE.config()
+        a_plan().save_to(config)
+        one, two = (transformers.LlamaForCausalLM(config) for _ in range(2))
+    yopo.remove(one)
+    assert PruningPlan.from_config(one.config) is None and yopo.plan_of(one) is None
+    assert PruningPlan.from_config(two.config) == a_plan() == yopo.plan_of(two)
+
+
+class Counted(transformers.LlamaForCausalLM):
+    """With a state of its own for pickles."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "note": "packed"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        assert state.pop("note") == "packed"
+        super().__setstate__(state)
+        self.unpacked = True
+
+
+class Remade(transformers.LlamaForCausalLM):
+    """Pickled by what makes it anew."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.config,), vars(self)
+
+
+@pytest.mark.parametrize("cls", [Counted, Remade])
+@pytest.mark.parametrize("protocol", [0, 2, pickle.HIGHEST_PROTOCOL])
+def test_a_class_s_own_way_to_be_pickled_is_kept(cls: type, protocol: int) -> None:
+    model = build(SHAPE, None, cls)
+    yopo.apply(model, a_plan())
+    copies = pickle.loads(pickle.dumps(model, protocol)), copy.deepcopy(model)
+    for made in copies:
+        assert yopo.plan_of(made) == a_plan() and torch.equal(logits(made), logits(model))
+        assert type(yopo.remove(made)) is cls
+        assert cls is not Counted or made.unpacked

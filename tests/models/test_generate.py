@@ -163,3 +163,30 @@ def test_a_visual_mask_of_another_width_than_the_prompt_is_refused(width: int) -
     mask = torch.zeros(1, width, dtype=torch.bool)
     with pytest.raises(ValueError, match=rf"visual_mask has shape \(1, {width}\)"):
         model.generate(inputs_embeds=embeds, visual_mask=mask, max_new_tokens=2)
+
+
+def pruned_prompt() -> dict[str, Any]:
+    case = make_case([[("text", 2), ("image", 2, 2, False), ("text", 3)]], SHAPE.heads * 8)
+    return {"inputs_embeds": case.inputs_embeds, "visual_mask": case.visual, "max_new_tokens": 3}
+
+
+def test_an_assistant_is_refused_at_an_image_and_right_without() -> None:
+    model, dense = build(SHAPE, a_plan()), build(SHAPE, None)
+    with pytest.raises(ValueError, match="assistant_model is given with visual_mask"):
+        model.generate(**pruned_prompt(), assistant_model=dense)
+    ids, how = torch.tensor([[3, 4, 5, 6]]), dict(max_new_tokens=6, do_sample=False)
+    for main, assistant in ((model, dense), (dense, model)):
+        found = main.generate(ids, assistant_model=assistant, **how)
+        assert torch.equal(found, dense.generate(ids, **how))
+
+
+def test_contrastive_search_over_an_image_is_refused_with_the_remedy() -> None:
+    model, how = build(SHAPE, a_plan()), dict(penalty_alpha=0.6, top_k=4)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    try:
+        build(SHAPE, None).generate(ids, max_new_tokens=3, **how)
+    except ValueError as error:
+        pytest.skip(f"this transformers has no contrastive search of its own: {error}")
+    assert model.generate(ids, max_new_tokens=3, **how).shape == (1, 7)
+    with pytest.raises(TypeError, match="leave out penalty_alpha"):
+        model.generate(**pruned_prompt(), **how)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -110,13 +111,81 @@ def test_one_unknown_row_makes_the_batch_unknown() -> None:
     assert recall(noise(3, 40, D), before(3)) is None  # longer than anything known
 
 
-def test_a_changed_value_is_another_prompt_unless_it_is_the_same_object() -> None:
-    embeds, layout = prompts()
-    changed = embeds.clone()
-    changed[0, 5] += 1
-    assert recall(changed, before(3)) is None
-    embeds[0, 5] += 1
+def swap_rows(embeds: Tensor) -> None:
+    embeds.copy_(embeds.flip(0).clone())
+
+
+def past_the_counter(embeds: Tensor) -> None:
+    embeds.data.copy_(embeds.flip(0).clone())  # no version of `embeds` counts this
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_value_changed_in_place_or_in_a_copy_is_another_prompt(mode: Any) -> None:
+    with mode():
+        embeds, _ = prompts()
+        changed = embeds.clone()
+        changed[0, 5] += 1
+        assert recall(changed, before(3)) is None
+        embeds[0, 5] += 1
+        assert recall(embeds, before(3)) is None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("change", [swap_rows, past_the_counter])
+def test_rows_swapped_in_place_take_their_layouts_along(mode: Any, change: Any) -> None:
+    with mode():
+        embeds, layout = prompts()
+        change(embeds)
+        same(recall(embeds, before(3)), layout.rows(torch.tensor([2, 1, 0])))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_buffer_used_again_has_the_layout_of_what_is_in_it(mode: Any) -> None:
+    with mode():
+        buffer, _ = prompts()
+        second = noise(3, 13, D, seed=5)
+        other = layout_of([".vvvv........"] * 3, [[(2, 2)]] * 3)
+        remember(second, other)
+        buffer.copy_(second)
+        same(recall(buffer, before(3)), other)
+        buffer.copy_(noise(3, 13, D, seed=6))
+        assert recall(buffer, before(3)) is None
+        buffer.zero_()
+        assert recall(buffer, before(3)) is None
+
+
+def test_embeddings_without_values_to_compare_are_known_until_they_change() -> None:
+    embeds = torch.empty(3, 13, D, device="meta")
+    layout = layout_of(ROWS, GRIDS)
+    remember(embeds, layout)
     same(recall(embeds, before(3)), layout)
+    assert recall(torch.empty_like(embeds), before(3)) is None
+    embeds.mul_(2)
+    assert recall(embeds, before(3)) is None
+
+
+REMADE: dict[str, Any] = {
+    "padded on the left": lambda e: torch.cat([torch.zeros(3, 2, D), e], 1),
+    "padded on the right": lambda e: torch.cat([e, torch.zeros(3, 2, D)], 1),
+    "columns turned round": lambda e: e.flip(1),
+    "columns rolled": lambda e: e.roll(1, 1),
+    "every other column": lambda e: e[:, ::2],
+    "two prompts in one row": lambda e: torch.cat([e[:1], e[2:]], 1),
+    "columns taken out": lambda e: torch.cat([e[:, :4], e[:, 6:]], 1),
+    "rounded and back": lambda e: e.half().float(),
+    "scaled": lambda e: e * 2,
+    "features turned round": lambda e: e.flip(2),
+    "a mean of two": lambda e: (e + e.flip(0)) / 2,
+    "an image of another row": lambda e: torch.cat([e[:, :3], e[[2, 1, 0], 3:]], 1),
+    "one of another length": lambda e: torch.cat([e[:, :2], e[:, :2], e[:, 2:]], 1),
+}
+
+
+@pytest.mark.parametrize("make", REMADE.values(), ids=REMADE.keys())
+def test_what_is_no_part_of_a_prompt_is_unknown(make: Any) -> None:
+    embeds, _ = prompts()
+    made = make(embeds)
+    assert recall(made, before(len(made))) is None
 
 
 def test_the_latest_counts() -> None:
@@ -289,14 +358,122 @@ def test_what_embed_tokens_makes_is_text() -> None:
         model(inputs_embeds=embeds)
 
 
+def column_by_column(model: Any, embeds: Tensor, cuts: list[int], mask: Any = None) -> Tensor:
+    cache, parts = None, []
+    for start, stop in pairwise(cuts):
+        seen = None if mask is None else mask[:, :stop]
+        out = model(inputs_embeds=embeds[:, start:stop].clone(), past_key_values=cache,
+                    attention_mask=seen, use_cache=True)  # fmt: skip
+        cache = out.past_key_values
+        parts.append(out.logits)
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("cuts", [list(range(14)), [0, 5, 6, 13], [0, 10, 11, 13], [0, 2, 3, 13]])
+def test_a_visual_token_that_comes_alone_is_visual(cuts: list[int], mode: Any) -> None:
+    with mode():
+        model = build(SHAPE, CAUSAL)
+        embeds, _ = prompts()
+        alone = column_by_column(model, embeds[:1], cuts)
+        assert (alone - model(inputs_embeds=embeds[:1]).logits).abs().max() < 1e-5
+        mask = torch.tensor([[c != "-" for c in row] for row in ROWS])
+        rows = column_by_column(model, embeds, cuts, mask.long())
+        whole = model(inputs_embeds=embeds, attention_mask=mask.long()).logits
+        assert (rows - whole)[mask].abs().max() < 1e-5
+
+
 @torch.no_grad()
-def test_a_decode_step_by_embeddings_is_text() -> None:
+def test_a_prompt_of_one_visual_token_is_known() -> None:
+    one = noise(1, 1, D, seed=3)
+    layout = layout_of(["v"], [[(1, 1)]])
+    remember(one, layout)
+    same(recall(one, before(1)), layout)
+    same(recall(one.clone(), before(1)), layout)
     model = build(SHAPE, PLAN)
+    expected = told(model, one, layout.visual, layout.grids)
+    assert torch.equal(model(inputs_embeds=one.clone()).logits, expected)
+
+
+@torch.no_grad()
+def test_a_visual_token_of_another_place_is_refused() -> None:
+    """Amid an image that is not what is cached: no text, and no beginning of an image."""
+    model = build(SHAPE, CAUSAL)
     embeds, _ = prompts()
     cache = model(inputs_embeds=embeds[:1], use_cache=True).past_key_values
-    by_ids = model(IDS[:, :1], past_key_values=copy.deepcopy(cache)).logits
-    table = model.get_input_embeddings().weight
-    assert torch.equal(model(inputs_embeds=table[IDS[:, :1]], past_key_values=cache).logits, by_ids)
+    other, _ = prompts(seed=1)
+    with pytest.raises(ValueError, match="nothing is known of these inputs_embeds of 1 token"):
+        model(inputs_embeds=other[:1, 4:5], past_key_values=cache)
+    # Nor is one of which nothing is known, while an image lacks some, or before there is any.
+    cache = model(inputs_embeds=embeds[:1, :4], use_cache=True).past_key_values
+    for unfinished in (cache, None, model(IDS, use_cache=True).past_key_values):
+        with pytest.raises(ValueError, match="nothing is known of these inputs_embeds of 1 token"):
+            model(inputs_embeds=noise(1, 1, D, seed=9), past_key_values=unfinished)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_decode_step_by_embeddings_is_text(mode: Any) -> None:
+    with mode():
+        model = build(SHAPE, PLAN)
+        embeds, _ = prompts()
+        cache = model(inputs_embeds=embeds[:1], use_cache=True).past_key_values
+        by_ids = model(IDS[:, :1], past_key_values=copy.deepcopy(cache)).logits
+        table = model.get_input_embeddings()
+        for token in (table.weight[IDS[:, :1]], table(IDS[:, :1]), table(IDS)[:, :1].clone()):
+            by_embeds = model(inputs_embeds=token, past_key_values=copy.deepcopy(cache)).logits
+            assert torch.equal(by_embeds, by_ids)
+        # What is no token of the vocabulary, too, once the prompt was known.
+        strange = noise(1, 1, D, seed=9)
+        nothing = torch.zeros(1, 1, dtype=torch.bool)
+        expected = model(inputs_embeds=strange, visual_mask=nothing,
+                         past_key_values=copy.deepcopy(cache)).logits  # fmt: skip
+        assert torch.equal(model(inputs_embeds=strange, past_key_values=cache).logits, expected)
+
+
+@torch.no_grad()
+def test_one_row_decodes_while_another_still_gets_its_image() -> None:
+    model = build(SHAPE, CAUSAL)
+    embeds, _ = prompts()
+    cache = model(inputs_embeds=embeds[:2, :4], use_cache=True).past_key_values
+    token = model.get_input_embeddings().weight[IDS[:, 3:4]]
+    mixed = torch.cat([embeds[:1, 4:5], token])
+    visual = torch.tensor([[True], [False]])
+    twin = copy.deepcopy(cache)
+    expected = model(inputs_embeds=mixed, visual_mask=visual, past_key_values=twin).logits
+    assert torch.equal(model(inputs_embeds=mixed, past_key_values=cache).logits, expected)
+
+
+class Scaled(torch.nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * 1.7
+
+
+@torch.no_grad()
+def test_tokens_of_an_embedding_that_is_no_plain_table_are_text() -> None:
+    model = build(SHAPE, PLAN)
+    model.set_input_embeddings(Scaled(50, D))
+    for ids in (IDS[:, :1], IDS[:, :1].repeat(3, 1)):
+        assert torch.equal(
+            model(inputs_embeds=model.get_input_embeddings()(ids)).logits, model(ids).logits
+        )
+    with pytest.raises(ValueError, match="nothing is known"):
+        model(inputs_embeds=noise(1, 1, D))
+
+
+@torch.no_grad()
+def test_a_batch_without_rows_is_the_dense_model_s() -> None:
+    model, dense = build(SHAPE, PLAN), build(SHAPE)
+    for empty in (torch.zeros(0, 5, D), torch.zeros(0, 1, D)):
+        try:
+            expected = dense(inputs_embeds=empty).logits
+        except Exception as error:
+            with pytest.raises(type(error), match=re.escape(str(error)[:40])):
+                model(inputs_embeds=empty)
+        else:
+            assert torch.equal(model(inputs_embeds=empty).logits, expected)
+    cache = model(inputs_embeds=prompts()[0][:1], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="past_key_values holds 1 rows, this call has 0"):
+        model(inputs_embeds=torch.zeros(0, 1, D), past_key_values=cache)
 
 
 @torch.no_grad()

@@ -479,7 +479,7 @@ def test_assisted_generation_is_refused(model: Any, tmp_path: Path) -> None:
         dense.generate(IDS, **how)
     except (IndexError, ValueError) as error:
         pytest.skip(f"this transformers cannot do it from embeddings: {error}")
-    with pytest.raises(ValueError, match="cannot be cropped"):
+    with pytest.raises(ValueError, match=r"can(not)? be cropped"):
         model.generate(IDS, **how)
 
 

@@ -3,6 +3,7 @@ are refused."""
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -116,6 +117,28 @@ def test_patched_leaves_things_as_they_were(patch: Any) -> None:
         assert is_in()
         raise KeyError
     assert not is_in()
+
+
+def test_undo_leaves_a_wrapper_that_somebody_put_on_since(patch: Any) -> None:
+    ours, calls = vars(PreTrainedModel)["post_init"], []
+
+    @functools.wraps(ours)
+    def theirs(self: Any) -> None:
+        calls.append(type(self))
+        ours(self)
+
+    PreTrainedModel.post_init = theirs
+    try:
+        patch.undo()
+        assert vars(PreTrainedModel)["post_init"] is theirs
+        assert is_stock(StockCausalLM(config_with(PLAN)), StockCausalLM) and calls
+        patch.enable()
+        assert is_pruned(StockCausalLM(config_with(PLAN)), StockCausalLM)
+        patch.undo()
+        assert vars(PreTrainedModel)["post_init"] is theirs
+    finally:
+        PreTrainedModel.post_init = STOCK_METHODS[0]
+    assert methods() == STOCK_METHODS
 
 
 def test_the_plan_in_the_config_decides(patch: Any, tmp_path: Path) -> None:

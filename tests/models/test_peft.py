@@ -151,12 +151,14 @@ def test_a_second_adapter_and_a_change_between_them() -> None:
 
 @pytest.mark.parametrize("part", ["mlp", "self_attn"])
 def test_whole_parts_of_layers_kept_by_an_adapter(part: str) -> None:
-    """Copies of them after the plan are pruned; a wrapper that the plan finds is refused."""
+    """Copies of them are pruned, whether made before the plan or after."""
     other = "o_proj" if part == "mlp" else "up_proj"
     config = lora(target_modules=IN_LAYERS % other, modules_to_save=[part])
-    with pytest.raises(TypeError, match="cannot be pruned"):
-        yopo.apply(peft.get_peft_model(base(), config), PLAN)
     adapted = shaken(peft.get_peft_model(base(PLAN), config))
+    earlier = shaken(peft.get_peft_model(base(), config))
+    dense = logits(earlier)
+    assert torch.equal(logits(yopo.apply(earlier, PLAN)), logits(adapted))
+    assert torch.equal(logits(yopo.remove(earlier)), dense)
     found = logits(adapted)
     assert (logits(adapted.merge_and_unload()) - found).abs().max() < 1e-3
     assert (found - logits(base(PLAN))).abs().max() > 0.05
@@ -327,7 +329,12 @@ def test_a_plan_comes_with_its_adapter(
 def test_transformers_own_adapters_take_the_plan_along(
     folders: dict[str, Path], answer: Tensor, tmp_path: Path
 ) -> None:
-    by_transformers(folders["adapter"]).save_pretrained(tmp_path / "again")
+    model = by_transformers(folders["adapter"])
+    try:
+        model.active_adapters()  # save_pretrained asks for them
+    except ValueError as error:
+        pytest.skip(f"this transformers wants a newer peft than there may be: {error}")
+    model.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "adapter_config.json").exists()
     assert runs_as(by_peft(tmp_path / "again").eval(), PLAN, answer)
 

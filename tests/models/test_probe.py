@@ -68,7 +68,7 @@ def any_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     names = (
         "Granite Glm Glm4 Helium Ernie4_5 HunYuanDenseV1 Gemma Gemma2 Olmo Olmo2 StableLm SeedOss"
     )
-    names += " Ministral Cohere Starcoder2 SmolLM3 Nemotron Phi Persimmon Qwen3 Exaone4 Arcee"
+    names += " Ministral Ministral3 Cohere Starcoder2 SmolLM3 Nemotron Phi Persimmon Qwen3 Exaone4"
     known = families.TEXT_STACKS + tuple(f"{name}Model" for name in names.split())
     monkeypatch.setattr(families, "TEXT_STACKS", known)
 
@@ -134,13 +134,66 @@ def test_the_same_arithmetic_is_accepted_and_right(kind: str) -> None:
         assert not torch.allclose(model(**given).logits, stock)
 
 
-def test_values_that_are_clipped_are_seen() -> None:
-    """OLMo's clip_qkv does nothing to small values."""
-    model = composite("olmo", clip_qkv=4.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(families, "TEXT_STACKS", (*families.TEXT_STACKS, "OlmoModel"))
-        with pytest.raises(TypeError, match="OlmoModel"):
-            yopo.apply(model, yopo.PruningPlan(torch.ones(3, 4)))
+@pytest.mark.usefixtures("any_decoder")
+@pytest.mark.parametrize("clip", [4.0, 40.0, 400.0])
+def test_values_that_are_clipped_are_seen(clip: float) -> None:
+    """OLMo's clip_qkv does nothing to values that are smaller."""
+    with pytest.raises(TypeError, match="OlmoModel"):
+        yopo.apply(composite("olmo", clip_qkv=clip), yopo.PruningPlan(torch.ones(3, 4)))
+
+
+def ministral3(original: int, longest: int, beta: float) -> Any:
+    rope = dict(
+        rope_type="yarn",
+        rope_theta=1e4,
+        factor=longest / original,
+        original_max_position_embeddings=original,
+        llama_4_scaling_beta=beta,
+    )
+    return composite("ministral3", rope_parameters=rope, max_position_embeddings=longest)
+
+
+@pytest.mark.usefixtures("any_decoder")
+@pytest.mark.parametrize("original,longest", [(64, 512), (8192, 262144), (16384, 16400)])
+def test_what_changes_at_later_positions_is_seen(original: int, longest: int) -> None:
+    """Ministral 3's queries grow from the original length on."""
+    with pytest.raises(TypeError, match="Ministral3Model"):
+        yopo.apply(ministral3(original, longest, 0.1), yopo.PruningPlan(torch.ones(3, 4)))
+    yopo.apply(ministral3(original, longest, 0.0), yopo.PruningPlan(torch.ones(3, 4)))
+
+
+ROPES = {
+    "linear": dict(factor=4.0),
+    "dynamic": dict(factor=4.0),
+    "yarn": dict(factor=4.0, original_max_position_embeddings=16),
+    "longrope": dict(
+        factor=4.0,
+        original_max_position_embeddings=16,
+        short_factor=[1.0, 1.1, 1.2, 1.3],
+        long_factor=[1.0, 2.0, 3.0, 4.0],
+    ),
+    "llama3": dict(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ROPES)
+def test_scaled_rotary_angles_are_accepted_and_right(kind: str, model_type: str) -> None:
+    """The row is longer than the length that the angles were made for."""
+    rope = dict(ROPES[kind], rope_type=kind)
+    if transformers.__version__ >= "5":
+        text: dict[str, Any] = dict(rope_parameters=dict(rope, rope_theta=1e4))
+    else:
+        text = dict(rope_scaling=rope)
+    model = composite(model_type, max_position_embeddings=64, **text)
+    given = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS))
+    given["pixel_values"] = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        stock = model(**given).logits
+        yopo.apply(model, yopo.PruningPlan(torch.ones(3, 4)))
+        assert (model(**given).logits - stock).abs().max() <= 1e-4 * stock.abs().max()
 
 
 class OtherFFN(nn.Module):

@@ -14,7 +14,7 @@ import layouts
 import pytest
 import torch
 from packaging.version import Version
-from processes import COUNT, Processes
+from process_pair import COUNT, Processes
 from random_families import KINDS
 from sharded import (
     Outcome,

@@ -84,12 +84,13 @@ def test_pre_hooks_run_with_the_rows(name: str, case: Case) -> None:
     assert len(seen) == 1 and seen[0] >= rows_of(case)
 
 
-def test_backward_hooks_see_the_gradient_of_every_row(case: Case) -> None:
+@pytest.mark.parametrize("kind", ["hook", "pre_hook"])
+def test_backward_hooks_see_the_gradient_of_every_row(kind: str, case: Case) -> None:
     model, seen = build(SHAPE, a_plan()).train(), {}
     names = ("layer", "self_attn", "mlp", *PROJECTIONS)
     for name in names:
-        part(model, name, 0).register_full_backward_hook(
-            lambda module, gradients, of, name=name: seen.update({name: of[0].shape[0]})
+        getattr(part(model, name, 0), f"register_full_backward_{kind}")(
+            lambda module, *gradients, name=name: seen.update({name: gradients[-1][0].shape[0]})
         )
     model(**case.kwargs(), use_cache=False).logits.sum().backward()
     assert seen == dict.fromkeys(names, seen["layer"]) and seen["layer"] >= rows_of(case)
@@ -193,6 +194,29 @@ def test_copies_and_pickles_of_a_pruned_model_are_pruned_alike(way: str, case: C
     assert yopo.plan_of(made) == a_plan() and torch.equal(logits(made, case), logits(model, case))
     yopo.remove(made)
     assert type(made) is type(build(SHAPE, None)) and yopo.plan_of(model) == a_plan()
+
+
+def test_a_pruned_model_inside_another_module_is_copied_with_it(case: Case) -> None:
+    around = nn.Sequential(nn.Linear(2, 2), yopo.apply(build(SHAPE, None), a_plan()))
+    expected, made = logits(around[1], case), copy.deepcopy(around)
+    yopo.remove(around[1])
+    assert yopo.plan_of(made) == a_plan() and torch.equal(logits(made[1], case), expected)
+
+
+def test_replicas_of_data_parallel_are_pruned(case: Case) -> None:
+    """As it makes one for each device: its weights are attributes, and no parameters."""
+    model = yopo.apply(build(SHAPE, None), a_plan())
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            setattr(replica, name, replicas[child])
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+            else:
+                setattr(replica, name, parameter.detach().clone())
+    assert (logits(replicas[model], case) - logits(model, case)).abs().max() < 1e-5
+    assert torch.equal(logits(nn.DataParallel(model), case), logits(model, case))
 
 
 def test_an_attention_function_of_somebody_s_own_is_said_not_to_be_called(

@@ -11,7 +11,7 @@ from typing import Any
 import layouts
 import torch
 from family_checks import a_plan
-from processes import COUNT
+from process_pair import COUNT
 from random_families import KINDS, build, make
 from torch import Tensor
 

@@ -7,7 +7,8 @@ tensors come from forward.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,18 +67,27 @@ class Shared:
     observer: Callable[..., None] | None = None
 
 
+class Reached:
+    """By what a call was answered last. An object of its own: of a dataclass among the arguments of
+    a layer FSDP makes a copy."""
+
+    by: Any = None
+
+
 @dataclass
 class LayerCall:
     """What one layer is called with beside its rows.
 
     stores: what is cached so far. into: the cache's stores, which get what the layer adds to copies
-    of `stores`; None: nobody needs it, or it is added in place.
+    of `stores`; None: nobody needs it, or it is added in place. reached: by it who calls a layer or
+    a part of one sees that the pruned forward was run, and not something else that took its place.
     """
 
     plan: LayerPlan
     shared: Shared
     stores: Stores
     into: Stores | None
+    reached: Reached = field(default_factory=Reached)
 
     @property
     def slices_ffn(self) -> bool:

@@ -127,6 +127,13 @@ class VisualLayout:
         rows, cols = self.grids[b][-1]
         return rows * cols - 1 - int(self.row[b, -1] * cols + self.col[b, -1])
 
+    def is_whole(self, b: int) -> bool:
+        """Whether the last image of row b, if there is one, has all its cells."""
+        if not self.grids[b]:
+            return True
+        rows, cols = self.grids[b][-1]
+        return int((self.image[b] == len(self.grids[b]) - 1).sum()) == rows * cols
+
     def columns(self, start: int, stop: int) -> VisualLayout:
         """The layout of columns start … stop−1; past the end is text."""
         width = self.visual.shape[1]

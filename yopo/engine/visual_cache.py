@@ -16,7 +16,7 @@ from torch import Tensor
 
 from yopo.engine.layout import VisualLayout
 from yopo.plan.pruning_plan import PruningPlan
-from yopo.versions import DynamicCache, clear_dynamic_cache, read_stock_cache
+from yopo.versions import DynamicCache, clear_dynamic_cache, no_maximum, read_stock_cache
 
 GROWTH = (
     1.5  # a full buffer is copied into one this much longer, so that a decode step copies no prefix
@@ -269,10 +269,10 @@ class VisualCache(DynamicCache):
         return self.length
 
     def get_max_length(self, layer_idx: int | None = None) -> Any:
-        return None  # no limit; Any, since some versions say so by an int and annotate that
+        return no_maximum()
 
-    def get_max_cache_shape(self, layer_idx: int | None = None) -> None:
-        return None
+    def get_max_cache_shape(self, layer_idx: int | None = None) -> Any:
+        return no_maximum()
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
         width = query_length if isinstance(query_length, int) else len(query_length)
@@ -340,13 +340,13 @@ class VisualCache(DynamicCache):
 
     def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         raise TypeError(
-            "a VisualCache has no single (key, value) pair per layer: see VisualCache.stores"
+            "a cache filled by a pruned pass has no single (key, value) pair per layer, see "
+            "VisualCache.stores: generate without what takes it apart (contrastive search: leave "
+            "out penalty_alpha), or take the plan off (yopo.remove)"
         )
 
     def __iter__(self) -> Any:
-        raise TypeError(
-            "a VisualCache has no single (key, value) pair per layer: see VisualCache.stores"
-        )
+        return self[0]
 
     # generate() of 4.42 to 4.47 asks for this before it converts to tuples, which cannot hold
     # uneven layers.

@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
+# Where activations are made that take values one by one, and those that do not.
+_ACTIVATIONS = {"torch.nn.modules.activation", "transformers.activations"}
+_OF_SEVERAL = {"GLU", "LogSoftmax", "MultiheadAttention", "Softmax", "Softmax2d", "Softmin"}
+_ELEMENTWISE = (F.silu, F.gelu, F.relu, F.mish, torch.relu, torch.sigmoid, torch.tanh)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -152,6 +156,18 @@ def activation(mlp: GatedFFN) -> Callable[[Tensor], Tensor]:
     return getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None) or F.silu
 
 
+def is_elementwise(act: Callable[[Tensor], Tensor]) -> bool:
+    """Whether an activation is known to make each value of that one alone, so that some neurons can
+    do without the others. What comes of any other (top-k, softmax, one's own) hangs on them all."""
+    if not isinstance(act, nn.Module):
+        return any(act is known for known in _ELEMENTWISE)
+    if any(weight.numel() > 1 for weight in act._parameters.values() if weight is not None):
+        return False
+    forward = type(act).forward
+    whose = getattr(forward, "__qualname__", "").partition(".")[0]
+    return getattr(forward, "__module__", None) in _ACTIVATIONS and whose not in _OF_SEVERAL
+
+
 def to_heads(output: Tensor, count: int, head_dim: int) -> Tensor:
     """What a projection gave, (N, H·D), by heads: (N, H, D). Raises ValueError unless H = count."""
     if output.shape[-1] != count * head_dim:
@@ -201,11 +217,12 @@ def gated_ffn(mlp: GatedFFN, x: Tensor, n_text: int, neurons: int, of_all: int) 
     down projections' `of_all`.
 
     Plain weights are read once: the first neurons multiply all rows, the rest the text rows alone.
+    Where the activation wants them all, it gets them, and visual rows lose the others after it.
     Raises ValueError where there are not that many.
     """
     act, down, linears = activation(mlp), mlp.down_proj, _gate_up(mlp, of_all)
-    watched = isinstance(act, nn.Module) and is_watched(act)
-    if linears is None or watched or not is_plain(down):
+    whole = not is_elementwise(act) or (isinstance(act, nn.Module) and is_watched(act))
+    if linears is None or whole or not is_plain(down):
         hidden = _called_neurons(mlp, act, x, of_all)
         used = torch.arange(of_all, device=x.device) < neurons
         text = torch.arange(x.shape[0], device=x.device) < n_text

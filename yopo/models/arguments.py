@@ -5,7 +5,7 @@ nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from yopo.engine.layout import Grid, VisualLayout
 from yopo.engine.visual_cache import VisualCache, refuse_foreign
-from yopo.models.exchange import parameters_of
-from yopo.models.layers import layer_in, stock_forward
+from yopo.models.exchange import named, stock_parameters
+from yopo.models.layers import layer_in, parts_in
 from yopo.models.shown import known_of, layout_of
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import CACHE_NAMES, sliding_window
@@ -64,18 +64,17 @@ class Resolved:
 
 def resolve(
     decoder: Any,
-    stock: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     visual_mask: Tensor | None,
     visual_grids: Sequence[Sequence[Grid]] | None,
 ) -> Resolved | None:
-    """What `decoder`, which has a plan, was called with; None where stock's own forward, the bound
-    `stock`, is to run: no visual token is among the columns of this call or in the cache.
+    """What `decoder`, which has a plan, was called with; None where stock's own forward is
+    to run: no visual token is among the columns of this call or in the cache.
 
     Raises ValueError where a pruned pass cannot be right.
     """
-    given = dict(zip(parameters_of(stock.__func__), args, strict=False)) | dict(kwargs)
+    given = named(decoder, args, kwargs)
     ids, embeds, cache = given.get("input_ids"), given.get("inputs_embeds"), cache_of(given)
     if (ids is None) == (embeds is None):
         return None  # stock knows what to say of it
@@ -178,10 +177,9 @@ def _refuse_unknown(decoder: Any, given: Mapping[str, Any]) -> None:
     unknown = [name for name in given if name not in _KNOWN and given[name] is not None]
     if not unknown:
         return
-    layer = layer_in(decoder.layers[0])
-    meant = set(_OF_ATTENTION)
-    for module in (decoder, layer, layer.self_attn):
-        meant.update(parameters_of(stock_forward(module)))
+    meant = {*_OF_ATTENTION, *stock_parameters(decoder)}
+    for module, _ in parts_in(decoder.layers[0]):
+        meant.update(stock_parameters(module))
     refused = [name for name in unknown if name in meant and name not in ("args", "kwargs")]
     if refused:
         raise ValueError(

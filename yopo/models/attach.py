@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from yopo.models import original_llava
-from yopo.models.decoder import PrunedDecoder
+from yopo.models.decoder import PrunedDecoder, shares_config
 from yopo.models.exchange import put, stock_of
 from yopo.models.parts import Parts, plan_of, refuse_foreign
 from yopo.models.peft_adapters import accompany_adapters
@@ -65,6 +65,7 @@ def apply(model: Model, plan: Any, *, layout: str | None = None) -> Model:
     except BaseException:
         _restore(parts, before)
         raise
+    _give_own_config(model, parts, before)
     if not hasattr(outer, "_yopo_before"):
         outer._yopo_before = (before, [_plan_fields(c) for c in _configs(outer)])
     _keep_ffn_order(outer.config, decoder)
@@ -108,6 +109,7 @@ def remove(model: Model) -> Model:
     """
     parts = Parts.of(model)
     outer, decoder = parts.outer, parts.decoder
+    _give_own_config(model, parts, plan_of(model))
     configs = _configs(outer)
     _keep_ffn_order(outer.config, decoder)
     loaded, fields = None, [{} for _ in configs]
@@ -149,6 +151,22 @@ def _refuse_replaced(module: nn.Module) -> None:
             "accelerator.prepare does), which would go on running the unpruned one: apply the "
             "plan first"
         )
+
+
+def _give_own_config(model: nn.Module, parts: Parts, plan: PruningPlan | None) -> None:
+    """Gives `model`, which runs under `plan`, a copy of its config where another one under a plan
+    has the same object: what is written there is meant for one of them."""
+    if not shares_config(parts.decoder):
+        return
+    copies: dict[int, Any] = {}
+    copy.deepcopy(parts.outer.config, copies)
+    for module in model.modules():
+        own = copies.get(id(vars(module).get("config")))
+        if own is not None:
+            module.config = own
+    if plan is None:  # then it is the other's
+        for config in _configs(parts.outer):
+            vars(config).pop("yopo", None)
 
 
 def _configs(outer: Any) -> list[Any]:

@@ -14,6 +14,7 @@ from yopo.models import families
 from yopo.models.attach import apply
 from yopo.models.decoder import PrunedDecoder
 from yopo.models.exchange import derive, put
+from yopo.models.layers import exchange_new
 from yopo.models.original_llava import instrument
 from yopo.models.parts import Parts, refuse_foreign
 from yopo.models.peft_adapters import accompany_adapters
@@ -27,8 +28,12 @@ def prune_loaded(model: Any) -> None:
     Raises TypeError, which names the class, for a model with a plan that yopo cannot prune, unless
     it is a part of one with the same plan, which will be asked in its turn.
     """
-    instrument(type(model))
     plan = PruningPlan.from_config(model.config)
+    try:
+        instrument(type(model))
+    except TypeError:
+        if plan is not None:
+            raise
     if plan is None:
         return
     if isinstance(model, LlamaForCausalLM) or families.name_of(model) is not None:
@@ -47,6 +52,8 @@ def prune_loaded(model: Any) -> None:
         put(module, cls)
     if parts.decoder.yopo_plan != plan:
         parts.decoder.set_plan(plan)
+    else:
+        exchange_new(parts.decoder.layers)
 
 
 def _is_part_of_a_planned_one(model: Any) -> bool:

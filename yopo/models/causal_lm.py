@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from yopo.engine.layout import Grid
 from yopo.models.arguments import cache_of, past_length
-from yopo.models.exchange import Exchanged, with_signature
+from yopo.models.decoder import prune_decoder_of
+from yopo.models.exchange import Exchanged, stock_method, with_signature
+from yopo.models.original_llava import keep_instrumented
 from yopo.models.shown import other_shape
 from yopo.models.told import during, told
 
@@ -35,23 +37,38 @@ class PrunedCausalLM(Exchanged):
 
         Raises ValueError if they do not fit the tokens or each other.
         """
+        stock = stock_method(self, PrunedCausalLM)
+        if isinstance(self, PrunedCausalLM):
+            keep_instrumented(self)
+            prune_decoder_of(self)
         if visual_mask is None and visual_grids is None:
-            return super().forward(*args, **kwargs)
+            return stock(*args, **kwargs)
         with during(told(visual_mask, visual_grids)):
-            return super().forward(*args, **kwargs)
+            return stock(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        stock = stock_method(self, PrunedCausalLM, "generate")
+        if not isinstance(self, PrunedCausalLM):
+            return stock(*args, **kwargs)
+        keep_instrumented(self)
+        prune_decoder_of(self)
         mask, tokens = kwargs.get("visual_mask"), kwargs.get("inputs_embeds")
         if tokens is None:
             tokens = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         whole = kwargs.get("images") is None  # LLaVA has yet to put features between these tokens
         if whole and mask is not None and tokens is not None and mask.shape != tokens.shape[:2]:
             raise ValueError(other_shape(mask, *tokens.shape[:2]))
-        return super().generate(*args, **kwargs)
+        if mask is not None and kwargs.get("assistant_model") is not None:
+            raise ValueError(
+                "assistant_model is given with visual_mask: assisted generation crops the cache, "
+                "but one filled by a pruned pass cannot be cropped: generate without it"
+            )
+        return stock(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         visual = {name: kwargs.pop(name, None) for name in ("visual_mask", "visual_grids")}
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        stock = stock_method(self, PrunedCausalLM, "prepare_inputs_for_generation")
+        inputs = stock(*args, **kwargs)
         mask = visual["visual_mask"]
         if mask is not None and past_length(cache_of(inputs)) == 0:
             # Without a cache all tokens come again at each step, the generated ones with them.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,12 @@ from yopo.engine.layer import LayerCall
 from yopo.engine.layer_plan import LayerPlans
 from yopo.engine.layout import Grid
 from yopo.models.arguments import resolve
-from yopo.models.exchange import Exchanged
+from yopo.models.exchange import Exchanged, derive, put, stock_method
+from yopo.models.functions import Functions
 from yopo.models.known_layouts import unwatch_text, watch_text
-from yopo.models.layers import call_layer, exchange_layers, restore_layers
+from yopo.models.layers import call_layer, exchange_layers, exchange_new, restore_layers
 from yopo.models.probe import probe
-from yopo.models.uncalled import warn_of_uncalled
+from yopo.models.told import CALL
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import CACHE_FIELD, checkpoints_itself, nothing_captured, rope
 
@@ -35,17 +37,18 @@ class PrunedDecoder(Exchanged):
     yopo_plan: PruningPlan | None = None
     yopo_ffn_order: str | None = None  # which the FFN neurons are in, as the plan names it
     yopo_layout: str | None = None  # "released": what apply() was told of unknown embeddings
-    yopo_probed = False  # whether the layers were found to be what the engine computes
     _yopo_layer_plans: LayerPlans | None = None
-    _yopo_attention: str | None = None  # the implementation that warn_of_uncalled has seen,
-    _yopo_uncalled: tuple[str, ...] = ()  # and what it found
+    _yopo_known: Functions | None = None  # what the layers went by when they were probed
+    _yopo_uncalled: tuple[str, ...] = ()  # what warn_of_uncalled has named
 
     def set_plan(self, plan: PruningPlan | None) -> None:
         """Prunes by `plan` from now on; None: as stock. Raises ValueError if it does not fit."""
         if plan is None:
             restore_layers(self.layers)
-            unwatch_text(self.embed_tokens)
             self._yopo_layer_plans = self.yopo_plan = None
+            _UNDER_PLAN.discard(self)
+            if all(other.embed_tokens is not self.embed_tokens for other in list(_UNDER_PLAN)):
+                unwatch_text(self.embed_tokens)
             return
         plan.validate(self.config)
         if plan.ffn_order is not None:
@@ -56,6 +59,7 @@ class PrunedDecoder(Exchanged):
         exchange_layers(self.layers)
         watch_text(self.embed_tokens)
         self.yopo_plan = plan
+        _UNDER_PLAN.add(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -77,15 +81,15 @@ class PrunedDecoder(Exchanged):
         padding, a cache of another kind, arguments that the pass does not know.
         """
         called = None
-        if self.yopo_plan is not None:
-            called = resolve(self, super().forward, args, kwargs, visual_mask, visual_grids)
+        if isinstance(self, PrunedDecoder) and self.yopo_plan is not None:
+            if (told := CALL.get()) is not None:
+                told.taken = True
+            called = resolve(self, args, kwargs, visual_mask, visual_grids)
         if called is None:
-            return super().forward(*args, **kwargs)
-        if not self.yopo_probed:
+            return stock_method(self, PrunedDecoder)(*args, **kwargs)
+        is_new, known = exchange_new(self.layers), self._yopo_known
+        if is_new or known is None or known.changed(self):
             probe(self, PrunedDecoder)
-        if self.config._attn_implementation != self._yopo_attention:
-            warn_of_uncalled(self)
-            self._yopo_attention = self.config._attn_implementation
         layout, valid, cache = called.layout, called.valid, called.cache
         past = cache.length
         index = prepare(layout, valid, cache, self.yopo_plan)
@@ -110,3 +114,31 @@ class PrunedDecoder(Exchanged):
         if checkpoints_itself(layer):
             return call(layer, rows, pruned)
         return self._gradient_checkpointing_func(partial(call, layer, pruned=pruned), rows)
+
+
+_UNDER_PLAN: WeakSet[PrunedDecoder] = WeakSet()
+
+
+def shares_config(decoder: Any) -> bool:
+    """Whether the config of a decoder is that of another one, which is under a plan."""
+    others = (other for other in list(_UNDER_PLAN) if other is not decoder)
+    return any(other.config is decoder.config for other in others)
+
+
+def prune_decoder_of(model: Any) -> None:
+    """Puts the plan in the config of `model`, a causal LM under it, on a decoder that the model was
+    given since. Raises ValueError where there is none."""
+    decoder = model.model
+    if isinstance(decoder, PrunedDecoder) and decoder.yopo_plan is not None:
+        return
+    inside = (module for module in decoder.modules() if isinstance(module, PrunedDecoder))
+    if any(module.yopo_plan is not None for module in inside):
+        return  # in a wrapper
+    plan = PruningPlan.from_config(model.config)
+    if plan is None:
+        raise ValueError(
+            f"the decoder of this {type(model).__name__} was replaced since a plan was put on, and "
+            "its config has none: put it on once more (yopo.apply), or take it off (yopo.remove)"
+        )
+    put(decoder, derive(PrunedDecoder, type(decoder)))
+    decoder.set_plan(plan)

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from abc import ABCMeta
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from types import FunctionType
 from typing import Any
 
 from torch import nn
 
+_MADE_HERE = "_yopo_made_here"
 _MADE: dict[tuple[type, type], type] = {}  # (mixin, stock class) → the class made of them
 
 
@@ -19,16 +21,34 @@ class Exchanged:
     """Base of every mixin: a module of a class made here is pickled and copied by what its class
     was made of, since the class goes by its stock's name."""
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        if _MADE_HERE not in vars(cls):
+            super().__init_subclass__(**keywords)
+            return
+        # A class made here is no new class to the user's own, which may want keywords, or keep a
+        # list; to transformers' it is: from 5.24 on they put gradient checkpointing around forward.
+        for base in cls.__mro__:
+            if base.__module__.startswith("transformers.") and "__init_subclass__" in vars(base):
+                vars(base)["__init_subclass__"].__get__(None, cls)()
+                return
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        made_of = parts_of(type(self))
+        cls = type(self)
+        made_of = parts_of(cls)
         if made_of is None:  # a class of the user's own, to be found by its name
             return super().__reduce_ex__(protocol)
-        return _remake, made_of, vars(self).copy()
+        # By what its class says of itself (from 2 on object's own asks __getstate__), but for its
+        # stock, which can be found by its name.
+        function, arguments, *rest = super().__reduce_ex__(max(protocol, 2))
+        function, *arguments = (made_of[1] if x is cls else x for x in (function, *arguments))
+        return _remake, (*made_of, function, *arguments), *rest
 
 
-def _remake(mixin: type, stock: type) -> Any:
-    cls = derive(mixin, stock)
-    return cls.__new__(cls)
+def _remake(mixin: type, stock: type, function: Callable[..., Any], *arguments: Any) -> Any:
+    made = function(*arguments)
+    if type(made) is stock:
+        put(made, derive(mixin, stock))
+    return made
 
 
 def derive(mixin: type, stock: type) -> type:
@@ -40,8 +60,12 @@ def derive(mixin: type, stock: type) -> type:
     if key not in _MADE:
         names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
         extra = getattr(mixin, "_yopo_attributes", None)
-        attributes = names if extra is None else names | extra(stock)
-        _MADE[key] = type(stock.__name__, (mixin, stock), attributes)
+        attributes = {_MADE_HERE: True} | names | ({} if extra is None else extra(stock))
+        # Past a metaclass of the user's own, which may want keywords or keep a list of classes; but
+        # not past ABCMeta, whose isinstance looks up what it noted of each class.
+        metaclass = type(stock)
+        maker = ABCMeta if issubclass(metaclass, ABCMeta) else type
+        _MADE[key] = maker.__new__(metaclass, stock.__name__, (mixin, stock), attributes)
     return _MADE[key]
 
 
@@ -90,10 +114,65 @@ def is_the_class_s(module: nn.Module, forward: Any) -> bool:
     return any(vars(base).get("forward") is forward.__func__ for base in type(module).__mro__)
 
 
+def stock_method(module: Any, mixin: type, name: str = "forward") -> Callable[..., Any]:
+    """The bound method that the one of `mixin` stands before; of a module that has its stock class
+    back, while somebody kept a method of ours, that class's own."""
+    if isinstance(module, mixin):
+        return getattr(super(mixin, module), name)
+    cls = type(module)
+    return next(vars(base)[name] for base in cls.__mro__ if name in vars(base)).__get__(module, cls)
+
+
 @cache
 def parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the parameters after self."""
     return tuple(inspect.signature(function).parameters)[1:]
+
+
+_NAMES: dict[tuple[type, str], tuple[str, ...]] = {}
+
+
+def stock_parameters(module: Any, name: str = "forward") -> tuple[str, ...]:
+    """Names of the parameters of a module's method before our mixins: in order those that may be
+    given by place, then the others. Where it takes any (*args), the further ones are those of the
+    class that it derives from."""
+    cls = type(module)
+    if (cls, name) in _NAMES:
+        return _NAMES[cls, name]
+    by_place: list[str] = []
+    others: list[str] = []
+    for base in cls.__mro__:
+        if name not in vars(base) or issubclass(base, Exchanged):
+            continue
+        try:  # bound, so that it does not matter what kind of a method it is
+            told = inspect.signature(vars(base)[name].__get__(module, cls)).parameters.values()
+        except (TypeError, ValueError):  # an object that says nothing of what it takes
+            continue
+        placed = [p.name for p in told if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        by_place += placed[len(by_place) :]
+        others += [p.name for p in told if p.kind is p.KEYWORD_ONLY]
+        if all(p.kind is not p.VAR_POSITIONAL for p in told):
+            break
+    more = (other for other in others if other not in by_place)
+    _NAMES[cls, name] = (*by_place, *dict.fromkeys(more))
+    return _NAMES[cls, name]
+
+
+def named(
+    module: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "forward"
+) -> dict[str, Any]:
+    """The arguments that a module's method was called with, by name.
+
+    Raises ValueError for more than its class has names for."""
+    if not args:
+        return dict(kwargs)
+    names = stock_parameters(module, name)
+    if len(args) > len(names):
+        raise ValueError(
+            f"{name} of this {type(module).__name__} was given {len(args)} arguments by their "
+            f"place, of which {len(args) - len(names)} have no name: give them by name"
+        )
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
 def with_signature(
@@ -101,8 +180,11 @@ def with_signature(
 ) -> FunctionType:
     """A copy of the method `function` that tells the signature of `like`, and the parameters
     `more`: generate(), Trainer and others look names up there."""
-    parameters = list(inspect.signature(like).parameters.values())
-    end = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    try:
+        parameters = list(inspect.signature(like).parameters.values())
+    except (TypeError, ValueError):  # an object that says nothing of what it takes
+        parameters = list(inspect.signature(function).parameters.values())
+    end = len(parameters) - any(p.kind is p.VAR_KEYWORD for p in parameters)
     present = {parameter.name for parameter in parameters}
     added = [parameter for parameter in more if parameter.name not in present]
     copy = FunctionType(

@@ -1,13 +1,15 @@
 """What is known of embeddings: their layout travels with them, not with the moment they were made.
 
-`remember` notes where the visual tokens of embeddings are, `recall` finds it again for the very
-tensor, and by content for what generate() and others make of it: copies, casts, beams, some of the
-rows, several batches in one, slices, chunks. Comparisons only; how a layout comes about is the
-business of those who remember it.
+`remember` notes where the visual tokens of embeddings are, `recall` finds it again by what is in
+them: for the tensor itself, for what generate() and others make of it (copies, casts, beams, some
+of the rows, several batches in one, slices, chunks), and never for a tensor that has got other
+contents since. Comparisons only; how a layout comes about is the business of those who remember it.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from math import inf
@@ -26,36 +28,35 @@ MOST_PROMPTS, MOST_POSITIONS = 256, 2**20  # kept of each kind, some 16 to 40 by
 
 
 def remember(embeds: Tensor, layout: VisualLayout) -> None:
-    """Notes the `layout` of embeddings (B, n, d); one without visual tokens says they are text.
-
-    A single position is not noted: nobody asks for it.
-    """
-    if embeds.dim() != 3 or embeds.shape[1] < 2 or is_compiling():
+    """Notes the `layout` of embeddings (B, n, d); one without visual tokens says they are text."""
+    if embeds.dim() != 3 or is_compiling():
         return
     visual = bool(layout.visual.any())
-    if visual:
-        # By the object as well: the layout stays right when values change in place. Not so of
-        # text, into which image features may be scattered.
-        _BY_OBJECT[embeds] = layout
-    if _is_plain(embeds):
-        (_SHOWN if visual else _TEXT).add(_Prompts.of(embeds, layout))
+    prompts = _Prompts.of(embeds, layout)
+    if visual:  # for as long as there is the tensor, however many come after it
+        _BY_OBJECT[embeds] = prompts
+    if prompts.sample is not None:
+        (_SHOWN if visual else _TEXT).add(prompts)
 
 
-def recall(embeds: Tensor, before: VisualLayout) -> VisualLayout | None:
-    """The layout of the columns of `embeds` (B, n, d), n > 1, which come after cached ones with the
-    layout `before`; None where nothing is known of some row.
+def recall(embeds: Tensor, before: VisualLayout, text: Sequence[int] = ()) -> VisualLayout | None:
+    """The layout of the columns of `embeds` (B, n, d), which come after cached ones with the layout
+    `before`; None where nothing is known of some row. The rows `text` are known to be text.
 
     Columns that go on from what is cached keep the numbers of their prompt's images; those of
     another prompt are numbered after them.
     """
-    batch, past = embeds.shape[0], before.shape[1]
-    own = _BY_OBJECT.get(embeds)
-    if own is not None and own.shape == tuple(embeds.shape[:2]) and before.shape[0] == batch:
-        return own.after(before)
-    if not _is_plain(embeds) or before.shape[0] != batch:
+    (batch, n), past = embeds.shape[:2], before.shape[1]
+    if before.shape[0] != batch:
         return None
-    asked = _sample(embeds).cpu()
-    found: dict[int, VisualLayout] = {}
+    own, asked = _BY_OBJECT.get(embeds), None
+    if _is_plain(embeds):
+        asked = _sample(embeds).cpu()
+    if own is not None and (own.unchanged(embeds) if asked is None else own.are(asked)):
+        return own.layout.after(before)
+    if asked is None:
+        return None
+    found = {b: VisualLayout.empty(1, n).after(before.rows(_index(b))) for b in text}
     everything = [*_SHOWN.kept(), *_TEXT.kept()]
     for prompts in sorted(everything, key=lambda prompts: prompts.used, reverse=True):
         rows = [b for b in range(batch) if b not in found]
@@ -69,6 +70,34 @@ def recall(embeds: Tensor, before: VisualLayout) -> VisualLayout | None:
         if pieces:
             prompts.used = next(_CLOCK)
     return _stacked([found[b] for b in range(batch)]) if len(found) == batch else None
+
+
+def tokens_in(embeds: Tensor, embedding: nn.Module) -> list[int]:
+    """Which rows of a single column (B, 1, d) are what `embedding` makes of a token: text."""
+    if not _is_plain(embeds):
+        return []
+    asked = embeds.detach()[:, 0]
+    if _is_table(embedding):
+        table = embedding.weight.detach()
+    else:
+        made = [one.flatten(0, 1) for one in list(_SINGLE) if one.shape[2] == embeds.shape[2]]
+        table = torch.cat([asked[:0], *(one.to(asked) for one in made)])
+    return _rows_among(asked, table)
+
+
+def _rows_among(asked: Tensor, table: Tensor) -> list[int]:
+    """Which of `asked` (B, d) are rows of `table` (N, d), by the first feature before the rest."""
+    rows, places = (asked[:, :1] == table[:, 0].to(asked)).nonzero().unbind(1)
+    same = (table[places.to(table.device)].to(asked) == asked[rows]).all(1)
+    return sorted(set(rows[same].tolist()))
+
+
+def visual_in(embeds: Tensor) -> list[int]:
+    """Which rows of a single column (B, 1, d) are a visual token of something remembered."""
+    visual = _SHOWN.visual()
+    if not len(visual) or not _is_plain(embeds):
+        return []
+    return _rows_among(_sample(embeds).cpu()[:, 0], visual)
 
 
 def watch_text(embedding: nn.Module) -> None:
@@ -85,11 +114,22 @@ def unwatch_text(embedding: nn.Module) -> None:
 
 
 def _remember_text(module: nn.Module, arguments: Any, embeds: Any) -> None:
-    if isinstance(embeds, Tensor) and embeds.dim() == 3 and embeds.shape[1] > 1:
+    if not isinstance(embeds, Tensor) or embeds.dim() != 3:
+        return
+    if embeds.shape[1] > 1:
         remember(embeds, VisualLayout.empty(*embeds.shape[:2]))
+    elif not _is_table(module) and _is_plain(embeds) and not is_compiling():
+        _SINGLE.append(embeds.detach().clone())
 
 
-def _is_plain(embeds: Tensor) -> bool:
+def _is_table(embedding: nn.Module) -> bool:
+    """Whether what it makes of a token is a row of its weight: not scaled, adapted or elsewhere."""
+    weight = getattr(embedding, "weight", None)
+    own = type(embedding).forward is nn.Embedding.forward and "forward" not in vars(embedding)
+    return own and _is_plain(weight) and weight.dim() == 2 and weight.shape[0] > 0
+
+
+def _is_plain(embeds: Any) -> bool:
     """Whether it has values of its own to compare: not sharded, traced or on no device."""
     return type(embeds) in (Tensor, nn.Parameter) and not embeds.is_meta
 
@@ -102,20 +142,28 @@ def _sample(embeds: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class _Prompts:
-    """Embeddings of some rows, as far as they are needed to know them again, and their layout."""
+    """Embeddings of some rows, as far as they are needed to know them again, and their layout.
 
-    sample: Tensor
+    sample: (B, n, FEATURES); None for embeddings that have no values here to compare (sharded),
+    which are then known as long as nobody counts a change in place (`version`).
+    """
+
+    sample: Tensor | Any
     layout: VisualLayout
+    version: int | None
     made: Any  # a CUDA event after which the sample is there: another stream may ask for it
     used: int = 0  # when it was remembered or found last
 
     @classmethod
     def of(cls, embeds: Tensor, layout: VisualLayout) -> _Prompts:
-        sample, made = _sample(embeds), None
-        if sample.is_cuda:  # copied to the CPU when first asked for: nobody waits for it here
+        sample, made = _sample(embeds) if _is_plain(embeds) else None, None
+        if (
+            sample is not None and sample.is_cuda
+        ):  # copied to the CPU when first asked for: nobody waits for it here
             made = torch.cuda.Event()
             made.record(torch.cuda.current_stream(sample.device))
-        return cls(sample, layout, made, next(_CLOCK))
+        version = None if embeds.is_inference() else embeds._version
+        return cls(sample, layout, version, made, next(_CLOCK))
 
     @property
     def positions(self) -> int:
@@ -127,9 +175,17 @@ class _Prompts:
         self.sample = self.sample.cpu()
         return self.sample.to(dtype)
 
+    def unchanged(self, embeds: Tensor) -> bool:
+        """Whether the very tensor that these are is what it was."""
+        return self.version is not None and self.version == embeds._version
+
     def are(self, asked: Tensor) -> bool:
         """Whether `asked` (B, n, FEATURES) are all of these and nothing else."""
         return self.sample.shape == asked.shape and torch.equal(self._here(asked.dtype), asked)
+
+    def visual(self) -> Tensor:
+        """(N, FEATURES): its visual tokens."""
+        return self._here(self.sample.dtype)[self.layout.visual]
 
     def find(
         self, asked: Tensor, rows: list[int], past: int, before: VisualLayout
@@ -191,9 +247,11 @@ class _Store:
         self._lock = Lock()
         self._kept: list[_Prompts] = []
         self._positions = 0
+        self._visual: Tensor | None = None  # of all kept, when asked for
 
     def add(self, prompts: _Prompts) -> None:
         with self._lock:
+            self._visual = None
             self._kept.append(prompts)
             self._positions += prompts.positions
             while len(self._kept) > 1 and (
@@ -207,7 +265,16 @@ class _Store:
         with self._lock:
             return list(self._kept)
 
+    def visual(self) -> Tensor:
+        """(N, FEATURES): the visual tokens of all that is kept."""
+        with self._lock:
+            if self._visual is None:
+                each = [prompts.visual() for prompts in self._kept]
+                self._visual = torch.cat(each) if each else torch.empty(0, FEATURES, device="cpu")
+            return self._visual
+
 
 _CLOCK = count(1)
 _BY_OBJECT = WeakIdKeyDictionary()
+_SINGLE: deque[Tensor] = deque(maxlen=64)  # tokens that an embedding made that is no plain table
 _SHOWN, _TEXT = _Store(), _Store()  # apart: much text must not crowd out the images

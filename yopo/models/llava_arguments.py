@@ -17,21 +17,37 @@ from yopo.versions import CACHE_FIELD, passed_to_every_forward
 
 Method = Callable[..., Any]
 
+ADAPTED = ("forward", "prepare_inputs_for_generation")
 _OLD_CACHE = "past_key_values"
 _WRAPPED: WeakSet[Method] = WeakSet()
 
 
 def adapt(owner: type) -> None:
     """Wraps `forward` and `prepare_inputs_for_generation`, if `owner` itself defines them, on a
-    transformers that passes what LLaVA's lack; each once."""
+    transformers that passes what LLaVA's lack; each once. Raises TypeError as exchange_method."""
     if not passed_to_every_forward():
         return
-    for name, wrap in (("forward", _forward), ("prepare_inputs_for_generation", _inputs)):
+    for name, wrap in zip(ADAPTED, (_forward, _inputs), strict=True):
         found = vars(owner).get(name)
         if inspect.isfunction(found) and not any(method in _WRAPPED for method in chain(found)):
             wrapper = wrap(found)
             _WRAPPED.add(wrapper)
-            setattr(owner, name, wrapper)
+            exchange_method(owner, name, wrapper)
+
+
+def exchange_method(owner: type, name: str, method: Method) -> None:
+    """Raises TypeError where `owner` does not let it be set: a metaclass may have its own say."""
+    cause = None
+    try:
+        setattr(owner, name, method)
+    except Exception as error:  # whatever that code raises
+        cause = error
+    if vars(owner).get(name) is not method:
+        raise TypeError(
+            f"{owner.__name__}.{name} cannot be set (its class is a {type(owner).__name__}), and a "
+            "plan needs it wrapped, to learn where the image tokens are: let the class be changed, "
+            "or load this model without a plan"
+        ) from cause
 
 
 def chain(method: Any) -> Iterator[Any]:

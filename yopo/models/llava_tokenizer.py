@@ -29,7 +29,7 @@ _HUB = (
 _AUTO_ONLY = ("code_revision", "config", "trust_remote_code", "use_fast")  # choose a class, no more
 _OTHER_WAYS = ("backend", "gguf_file", "mistral_format", "tokenizer_type")  # asked for: not ours
 
-_stock: list[classmethod] = []  # what uninstall() puts back; empty: not installed
+_stock: list[classmethod] = []  # what uninstall() puts back, and ours; empty: not installed
 
 
 def install() -> None:
@@ -43,19 +43,25 @@ def install() -> None:
         cls: type, pretrained_model_name_or_path: Any, *inputs: Any, **kwargs: Any
     ) -> Any:
         path = pretrained_model_name_or_path
-        if not _asks_for_llama(path, kwargs):
+        if not _stock or not _asks_for_llama(path, kwargs):
             return stock.__get__(None, cls)(path, *inputs, **kwargs)
         passed = {key: value for key, value in kwargs.items() if key not in _AUTO_ONLY}
         return transformers.LlamaTokenizer.from_pretrained(path, *inputs, **passed)
 
-    _stock.append(stock)
-    setattr(transformers.AutoTokenizer, _NAME, classmethod(from_pretrained))
+    ours = classmethod(from_pretrained)
+    _stock[:] = stock, ours
+    setattr(transformers.AutoTokenizer, _NAME, ours)
 
 
 def uninstall() -> None:
-    """Puts the very object back that install() found; does nothing when not installed."""
-    if _stock:
-        setattr(transformers.AutoTokenizer, _NAME, _stock.pop())
+    """Puts the very object back that install() found; does nothing when not installed. A wrapper
+    that somebody put around ours since stays theirs, and does nothing of ours."""
+    if not _stock:
+        return
+    stock, ours = _stock
+    if vars(transformers.AutoTokenizer)[_NAME] is ours:
+        setattr(transformers.AutoTokenizer, _NAME, stock)
+    _stock.clear()
 
 
 def _asks_for_llama(path: Any, kwargs: dict[str, Any]) -> bool:

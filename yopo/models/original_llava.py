@@ -2,10 +2,12 @@
 its `prepare_inputs_labels_for_multimodal` returns, and remembers it (known_layouts.py). Holds no
 mathematics and changes nothing that LLaVA computes.
 
-How: that method returns labels that are -100 at image features. Given each token's *position* as
-its label, what comes back at or above 0 is text, and says which input token it was; what comes back
--100 and is not padding is an image feature. Which grid cell a feature is follows from the config
-and the image sizes, by LLaVA's own helper functions.
+How: LLaVA's own method returns labels that are -100 at image features. Given each token's
+*position* as its label, what comes back at or above 0 is text, and says which input token it was;
+what comes back -100 and is not padding is an image feature. Which grid cell a feature is follows
+from the config and the image sizes, by LLaVA's own helper functions. A method of anybody else's is
+called as its caller called it, once: what it returns is LLaVA's layout if its text lies where
+LLaVA's would, by the embeddings of the tokens, and else unknown.
 
 The method is wrapped on the very class that defines it, so that it may be replaced, overridden and
 called as before, under any class that a model is given later.
@@ -17,8 +19,10 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
+from types import FunctionType, MethodType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -26,17 +30,18 @@ from transformers import PreTrainedModel
 
 from yopo.engine.layout import Grid, VisualLayout
 from yopo.models.decoder import PrunedDecoder
-from yopo.models.known_layouts import remember
-from yopo.models.llava_arguments import adapt, chain
-from yopo.models.parts import plan_of
+from yopo.models.known_layouts import recall, remember
+from yopo.models.llava_arguments import ADAPTED, adapt, chain, exchange_method
 from yopo.models.told import CALL
 
 _PREPARE = "prepare_inputs_labels_for_multimodal"
 _NAMES = {"input_ids", "attention_mask", "labels", "images"}  # that it is known by
 _CONSTANTS = {"IGNORE_INDEX": -100, "IMAGE_TOKEN_INDEX": -200}
 Method = Callable[..., Any]
+Picture = tuple[list[Grid], list[bool]]  # grids, and for each feature whether it is a cell of them
 
 _WRAPPED: WeakSet[Method] = WeakSet()
+_SEEN: WeakKeyDictionary[type, list[Any]] = WeakKeyDictionary()  # methods when last instrumented
 
 
 def is_llava(cls: type) -> bool:
@@ -50,18 +55,61 @@ def instrument(cls: type) -> None:
 
     For models without a plan the wrappers hand everything through as it came. They are never taken
     off: a model that has a plan may live longer than the patch.
+
+    Raises TypeError, once all others are wrapped, for a class that does not let a method be set.
     """
-    if not is_llava(cls):
-        return
-    for owner in cls.__mro__:
+    refused: list[TypeError] = []
+    for owner in _owners(cls):
         found = vars(owner).get(_PREPARE)
         signature = _signature_to_learn_by(found)
-        if signature is not None:
-            wrapper = _wrap(found, signature)
-            _WRAPPED.add(wrapper)
-            setattr(owner, _PREPARE, wrapper)
-        if is_llava(owner):
+        try:
+            if signature is not None:
+                exchange_method(owner, _PREPARE, _wrap(found, signature))
             adapt(owner)
+        except TypeError as error:
+            refused.append(error)
+    if refused:
+        raise refused[0]
+
+
+def keep_instrumented(model: Any) -> None:
+    """Instruments the class of `model` again where a method of LLaVA's was put back or replaced
+    since, and a function that was put on the model itself."""
+    cls = type(model)
+    owners = _known_owners(cls)
+    if not owners:
+        return
+    if _SEEN.get(cls) != _methods(owners):
+        instrument(cls)
+        _SEEN[cls] = _methods(owners)
+    found = vars(model).get(_PREPARE)
+    if isinstance(found, MethodType | FunctionType):
+        bound = isinstance(found, MethodType) and found.__self__ is model
+        function = found.__func__ if bound else _unbound(found)
+        signature = _signature_to_learn_by(function)
+        if signature is not None:
+            setattr(model, _PREPARE, MethodType(_wrap(function, signature), model))
+
+
+def _unbound(found: Method) -> Method:
+    @functools.wraps(found)
+    def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return found(*args, **kwargs)
+
+    del prepare.__wrapped__  # which takes other arguments
+    return prepare
+
+
+def _owners(cls: type) -> tuple[type, ...]:
+    """The classes that `cls` has LLaVA's methods from."""
+    return tuple(owner for owner in cls.__mro__ if is_llava(owner))
+
+
+_known_owners = cache(_owners)
+
+
+def _methods(owners: Sequence[type]) -> list[Any]:
+    return [vars(owner).get(name) for owner in owners for name in (_PREPARE, *ADAPTED)]
 
 
 def _signature_to_learn_by(found: Any) -> inspect.Signature | None:
@@ -87,6 +135,8 @@ def _as_llava_has_it(
 
 
 def _wrap(original: Method, signature: inspect.Signature) -> Method:
+    own = original.__globals__.get("__name__", "").partition(".")[0] == "llava"
+
     @functools.wraps(original)
     def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -97,9 +147,14 @@ def _wrap(original: Method, signature: inspect.Signature) -> Method:
         shows = given.get("input_ids") is not None and given.get("images") is not None
         if not shows or not _is_asked_for(self):
             return original(self, *args, **kwargs)
-        learnt = _prepare_and_learn(self, original, bound)
-        return original(self, *args, **kwargs) if learnt is None else learnt
+        if own:
+            learnt = _prepare_and_learn(self, original, bound)
+            return original(self, *args, **kwargs) if learnt is None else learnt
+        out = original(self, *args, **kwargs)
+        _learn_from(self, _Names(self, original), bound.arguments, out)
+        return out
 
+    _WRAPPED.add(prepare)
     return prepare
 
 
@@ -112,7 +167,8 @@ def _is_asked_for(model: Any) -> bool:
     decoder = None if get_model is None else get_model()
     if isinstance(decoder, PreTrainedModel):
         return isinstance(decoder, PrunedDecoder) and decoder.yopo_plan is not None
-    return plan_of(model) is not None
+    decoders = [module for module in model.modules() if isinstance(module, PrunedDecoder)]
+    return any(decoder.yopo_plan is not None for decoder in decoders)
 
 
 def _prepare_and_learn(
@@ -130,7 +186,7 @@ def _prepare_and_learn(
     mask, images, sizes = given.get("attention_mask"), given["images"], given.get("image_sizes")
 
     valid_ids = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
-    shown = [int(n) for n in ((input_ids == image_token) & valid_ids).sum(1)]
+    shown = ((input_ids == image_token) & valid_ids).sum(1).tolist()
     if input_ids.shape[1] > 1:
         _check_image_count(shown, len(images))
 
@@ -149,12 +205,70 @@ def _prepare_and_learn(
         return None
 
     ignored, valid = positions.cpu() == ignore, new_mask.bool().cpu()
-    remember(embeds, _layout(model, names, shown, ignored, valid, images, sizes))
+    rows = _images_of_rows(model, names, shown, images, sizes)
+    remember(embeds, _layout(model, rows, ignored & valid, valid))
     if labels is not None:
         text = positions >= 0
         own = labels.gather(1, positions.clamp(min=0))
         labels = own.masked_fill(~text, ignore)
     return (*first, None if mask is None else new_mask, past, embeds, labels)
+
+
+def _learn_from(model: Any, names: _Names, given: dict[str, Any], out: Any) -> None:
+    """Remembers the layout of what a method of somebody else's returned, where it is LLaVA's: each
+    row is its tokens with features for the image tokens, by the embeddings of the text."""
+    if not isinstance(out, tuple | list) or len(out) < 5:
+        return
+    new_mask, embeds = out[-4], out[-2]
+    if not isinstance(embeds, Tensor) or embeds.dim() != 3:
+        return
+    if recall(embeds, VisualLayout.empty(len(embeds))) is not None:  # it has called LLaVA's
+        return
+    try:
+        layout = _laid_out_by_llava(model, names, given, new_mask, embeds)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return  # not by LLaVA's rules; shown.py refuses what stays unknown
+    if layout is not None:
+        remember(embeds, layout)
+
+
+@torch.no_grad()
+def _laid_out_by_llava(
+    model: Any, names: _Names, given: dict[str, Any], new_mask: Tensor | None, embeds: Tensor
+) -> VisualLayout | None:
+    ids, mask = given["input_ids"], given.get("attention_mask")
+    image_token, images = names["IMAGE_TOKEN_INDEX"], given["images"]
+    kept = [row if mask is None else row[mask[b].bool()] for b, row in enumerate(ids)]
+    shown = [int((row == image_token).sum()) for row in kept]
+    _check_image_count(shown, len(images))
+    rows = _images_of_rows(model, names, shown, images, given.get("image_sizes"))
+    filled = []  # tokens of each row, the image token at each feature
+    for row, pictures in zip(kept, rows, strict=True):
+        lengths = torch.ones_like(row)
+        lengths[row == image_token] = lengths.new_tensor([len(cells) for _, cells in pictures])
+        filled.append(row.repeat_interleave(lengths)[: _longest(model)])
+    width, table = embeds.shape[1], model.get_model().embed_tokens
+    if max(map(len, filled)) != width or len(filled) != len(embeds):
+        return None
+    valid = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=ids.device)
+    features = torch.zeros_like(valid)
+    for b, tokens in enumerate(filled):
+        text, said = tokens != image_token, table(tokens[tokens != image_token]).to(embeds)
+        for start in (0, width - len(tokens)):  # padded on the right, on the left
+            here = torch.zeros_like(valid[b])
+            here[start : start + len(tokens)] = True
+            as_masked = new_mask is None or torch.equal(new_mask[b].to(here), here)
+            if as_masked and torch.equal(embeds[b, here.to(embeds.device)][text], said):
+                valid[b], features[b, here] = here, ~text
+                break
+        else:
+            return None
+    return _layout(model, rows, features.cpu(), valid.cpu())
+
+
+def _longest(model: Any) -> int | None:
+    """What LLaVA cuts prompts to; None: it does not."""
+    return getattr(model.config, "tokenizer_model_max_length", None)
 
 
 class _Names:
@@ -186,34 +300,35 @@ def _check_image_count(shown: Sequence[int], given: int) -> None:
         )
 
 
-def _layout(
+def _images_of_rows(
     model: Any,
     names: _Names,
     shown: Sequence[int],
-    ignored: Tensor,
-    valid: Tensor,
     images: Tensor | Sequence[Tensor],
     sizes: Sequence[tuple[int, int]] | None,
-) -> VisualLayout:
-    """The layout of prepared embeddings.
+) -> list[list[Picture]]:
+    """Of each row the images shown in it. sizes: (width, height) in pixels of each image."""
+    rows, first = [], 0
+    for count in shown:
+        rows.append([_picture(model, names, images, sizes, first + i) for i in range(count)])
+        first += max(1, count)
+    return rows
 
-    shown: images in each row. ignored, valid (B, n) bool, CPU: labels that came back -100; not
-    padding. sizes: (width, height) in pixels of each image.
-    """
-    features = ignored & valid
-    limit = getattr(model.config, "tokenizer_model_max_length", None)
+
+def _layout(
+    model: Any, rows: Sequence[Sequence[Picture]], features: Tensor, valid: Tensor
+) -> VisualLayout:
+    """The layout of prepared embeddings, of the pictures of each row. features, valid (B, n) bool,
+    CPU: what came of images; what is not padding."""
     visual = torch.zeros_like(features)
     grids: list[list[Grid]] = []
-    image = 0
-    for b, count in enumerate(shown):
-        row = [_grids_of_image(model, names, images, sizes, image + i) for i in range(count)]
-        image += max(1, count)
+    for b, row in enumerate(rows):
         cells = torch.tensor([cell for _, pattern in row for cell in pattern], dtype=torch.bool)
         places = features[b].nonzero().flatten()
-        truncated = limit is not None and int(valid[b].sum()) == limit
+        truncated = int(valid[b].sum()) == _longest(model)
         if len(places) > len(cells) or (len(places) < len(cells) and not truncated):
             raise ValueError(
-                f"row {b}: LLaVA put in {len(places)} image features, but {count} images on the "
+                f"row {b}: LLaVA put in {len(places)} image features, but {len(row)} images on the "
                 f"grids {[grid for of_image, _ in row for grid in of_image]} (by mm_patch_merge_"
                 f"type, image_aspect_ratio and image_sizes) make {len(cells)}: pass visual_mask "
                 "and visual_grids for this model instead of images"
@@ -235,13 +350,13 @@ def _begun(grids: Sequence[Grid], tokens: int) -> list[Grid]:
     return kept
 
 
-def _grids_of_image(
+def _picture(
     model: Any,
     names: _Names,
     images: Tensor | Sequence[Tensor],
     sizes: Sequence[tuple[int, int]] | None,
     index: int,
-) -> tuple[list[Grid], list[bool]]:
+) -> Picture:
     """The grids of image `index`, and for each of its features whether it is a cell of them.
 
     Follows LLaVA's prepare_inputs_labels_for_multimodal case by case. A newline embedding is no

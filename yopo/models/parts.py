@@ -91,8 +91,9 @@ def refuse_foreign(parts: Parts) -> None:
     why = f" (quantised: {quantised})" if quantised is not None else ""
     for name, choices in wanted.items():
         module = getattr(layer, name)
-        has = set(module._modules)
-        if not any(choice <= has for choice in choices):
+        inside = [set(one._modules) for one in module.modules()]  # peft keeps whole parts in copies
+        has = next((has for has in inside if any(choice <= has for choice in choices)), None)
+        if has is None:
             raise TypeError(
                 f"the layers of this {type(decoder).__name__} have as {name} a "
                 f"{type(module).__name__} without {' or '.join(map(str, map(sorted, choices)))}"

@@ -59,7 +59,10 @@ def leave_transformers() -> None:
     on."""
     sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, _OnImport)]
     for cls, name in ((PreTrainedModel, "save_pretrained"), (PeftAdapterMixin, "load_adapter")):
-        setattr(cls, name, getattr(vars(cls)[name], "_yopo_stock", vars(cls)[name]))
+        found = vars(cls)[name]
+        # Of a wrapper that somebody put around ours since, functools.wraps makes all but that so.
+        if getattr(found, "_yopo_itself", None) is found:
+            setattr(cls, name, found._yopo_stock)
 
 
 class _OnImport(MetaPathFinder):
@@ -107,7 +110,7 @@ def _replace(cls: type, name: str, wrapper: Callable[[Callable[..., Any]], Any])
     if hasattr(function, "_yopo_stock"):
         return
     made = functools.wraps(function)(wrapper(function))
-    made._yopo_stock = function
+    made._yopo_stock, made._yopo_itself = function, made
     setattr(cls, name, made if stock is function else type(stock)(made))
 
 

@@ -4,6 +4,8 @@ pass can live with, and what becomes of these.
 Accelerate's call the class's forward. One that takes any argument and was put on after the plan is
 a wrapper around ours. Liger's (put on a loaded model) compute what the class computes, by other
 kernels: they are set aside, for calls that are stock's. All others are refused.
+
+Which modules a pass finds, and in whose place, is layers.py's.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from yopo.models.exchange import is_the_class_s
+from yopo.models.exchange import is_the_class_s, stock_method
 
 _ASIDE = "_yopo_set_aside"
 
@@ -41,26 +43,34 @@ def refuse_replaced(module: nn.Module) -> None:
 
 
 def settle(module: nn.Module) -> None:
-    """The same of one that was put on while the plan was.
+    """The same of one that was put on while the plan was; so is one that the class had before.
 
-    Raises ValueError for one that is neither Liger's nor passes its arguments on."""
-    replaced = replaced_forward(module)
-    if replaced is None:
+    Raises ValueError for one that is neither nor passes its arguments on."""
+    forward = vars(module).get("forward")
+    if forward is None or "_old_forward" in vars(module):
         return
-    if _is_ligers(replaced):
+    if is_the_class_s(module, forward):
+        if forward.__func__ is not type(module).forward:
+            _put_aside(module)
+        return
+    if _is_ligers(forward):
         _put_aside(module)
         return
-    parameters = inspect.signature(replaced).parameters.values()
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+    try:  # of the function itself, not of one that it tells to wrap
+        parameters = inspect.signature(forward, follow_wrapped=False).parameters.values()
+    except (TypeError, ValueError):  # whether it hands them on shows when it is called
+        return
+    if not any(p.name == "pruned" or p.kind is p.VAR_KEYWORD for p in parameters):
         raise ValueError(
-            f"{_named(module, replaced)}, which takes no further arguments: a pruned pass calls it "
+            f"{_named(module, forward)}, which takes no further arguments: a pruned pass calls it "
             "with `pruned=…`. Take **kwargs and hand them on, or remove the plan (yopo.remove)"
         )
 
 
-def set_aside(module: nn.Module, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of this module that was set aside, `otherwise` if none was."""
-    return vars(module).get(_ASIDE, otherwise)
+def own_forward(module: nn.Module, mixin: type) -> Callable[..., Any]:
+    """The forward of a module for calls that are stock's: one that was set aside, else that which
+    the `mixin`'s stands before."""
+    return vars(module).get(_ASIDE) or stock_method(module, mixin)
 
 
 def take_back(module: nn.Module) -> None:

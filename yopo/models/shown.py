@@ -32,8 +32,9 @@ def known_of(
     number: the released guess, an image after so many tokens.
 
     In this order: the masks given; what a composite's forward says of this very call; token ids,
-    which are text; what is remembered of these embeddings; one token after an image, which is text;
-    the released guess, where the user asks for it by name (YOPO_LAYOUT, or apply's `layout`).
+    which are text; what is remembered of these embeddings, and single tokens of the model's
+    vocabulary, which are text; the released guess, where the user asks for it by name (YOPO_LAYOUT,
+    or apply's `layout`).
 
     Raises ValueError for embeddings of which nothing is known.
     """
@@ -45,14 +46,15 @@ def known_of(
         if past == 0 and tuple(known.visual_mask.shape) != shape:
             raise ValueError(other_shape(known.visual_mask, batch, n))
         return known if isinstance(cache, VisualCache) or known.visual_mask.any() else None
-    if embeds is None:
+    if embeds is None or batch == 0:  # without rows there is no image
         return None
     before = cache.layout if isinstance(cache, VisualCache) else VisualLayout.empty(batch, past)
     if known is not None:
         return known.layout if known.layout is None or past == 0 else known.layout.after(before)
-    if n == 1:
+    text = _text_rows(decoder, embeds, before) if n == 1 else []
+    if len(text) == batch:
         return None
-    layout = known_layouts.recall(embeds, before)
+    layout = known_layouts.recall(embeds, before, text)
     if layout is not None:
         return layout if layout.visual.any() else None
     guess = getattr(decoder.config, "sprompt_len", None)
@@ -63,11 +65,22 @@ def known_of(
         "granted, as the released code does"
     )
     raise ValueError(
-        f"nothing is known of these inputs_embeds of {n} tokens: neither LLaVA's prepare method "
-        "nor the model's token embeddings made them, or they were changed since. Pass visual_mask "
-        "(batch, tokens), True at the visual tokens, all False for text alone"
+        f"nothing is known of these inputs_embeds of {n} tokens: neither the model's token "
+        "embeddings made them nor LLaVA's prepare method (or one put in its place since the last "
+        "call: then prepare them again), or they were changed since. Pass visual_mask (batch, "
+        "tokens), True at the visual tokens, all False for text alone"
         + ("" if guess is None else otherwise)
     )
+
+
+def _text_rows(decoder: Any, embeds: Tensor, before: VisualLayout) -> list[int]:
+    """The rows of a single column (B, 1, d) that are text: no visual token of anything remembered,
+    but a token of the vocabulary, or whatever comes after a prompt with images, each whole."""
+    visual = known_layouts.visual_in(embeds)
+    text = {*known_layouts.tokens_in(embeds, decoder.embed_tokens)}
+    if len(text) < len(embeds) == before.shape[0] and any(before.grids):
+        text |= {b for b in range(len(embeds)) if before.is_whole(b)}
+    return sorted(text - {*visual})
 
 
 def _released_is_asked_for(decoder: Any) -> bool:

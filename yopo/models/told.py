@@ -21,11 +21,13 @@ class Call:
 
     layout: of the rows of this forward, by a composite; None: it is known that there is no image.
     visual_mask, grids: the user's arguments, describing the same; they come before `layout`.
+    taken: whether a decoder under a plan was reached.
     """
 
     layout: VisualLayout | None = None
     visual_mask: Tensor | None = None
     grids: Sequence[Sequence[Grid]] | None = None
+    taken: bool = False
 
 
 CALL: ContextVar[Call | None] = ContextVar("yopo_call", default=None)

@@ -15,7 +15,7 @@ from torch import Tensor
 from yopo.engine.layout import Grid, VisualLayout
 from yopo.engine.visual_cache import VisualCache
 from yopo.models.arguments import cache_of
-from yopo.models.exchange import Exchanged, parameters_of, with_signature
+from yopo.models.exchange import Exchanged, named, stock_method, with_signature
 from yopo.models.told import call, during, told
 from yopo.versions import llava_expects_images_in_ids
 
@@ -58,12 +58,14 @@ class Composite(Exchanged):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stock's, inside a call (layout.py) of the layout that its arguments have."""
-        stock = super().forward
+        stock = stock_method(self, Composite)
+        if not isinstance(self, Composite):
+            return stock(*args, **kwargs)
         visual = {name: kwargs.pop(name, None) for name in ("visual_mask", "visual_grids")}
         if any(value is not None for value in visual.values()):
             with during(told(**visual)):
                 return stock(*args, **kwargs)
-        given = _arguments(stock, args, kwargs)
+        given = named(self, args, kwargs)
         shown = self._shown(given)
         if not shown and given.get("inputs_embeds") is not None:
             return stock(*args, **kwargs)  # foreign: nothing is known of them
@@ -72,8 +74,15 @@ class Composite(Exchanged):
             args, kwargs = (), self._embedded(given)
         try:
             layout = _layout(self._placeholders(given), shown, cached) if shown else None
-            with call(layout):
-                return stock(*args, **kwargs)
+            with call(layout) as known:
+                out = stock(*args, **kwargs)
+            if layout is not None and not known.taken:
+                raise ValueError(
+                    f"the text model of this {type(self).__name__} is not the one that the plan "
+                    "was put on, and has computed the image unpruned: put the plan on once more "
+                    "(yopo.apply), or take it off (yopo.remove)"
+                )
+            return out
         finally:
             self.forget_encoded()
 
@@ -162,18 +171,11 @@ def size_given(given: Mapping[str, Any], name: str) -> list[Any]:
     return torch.as_tensor(given[name]).tolist()
 
 
-def _arguments(
-    bound: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The arguments of a bound method by name."""
-    return dict(zip(parameters_of(bound.__func__), args, strict=False)) | dict(kwargs)
-
-
 def _encoder(kind: str, name: str) -> FunctionType:
     def encode(self: Any, *args: Any, **kwargs: Any) -> Any:
-        stock = getattr(super(Composite, self), name)
-        out = stock(*args, **kwargs)
-        self._note_encoded(kind, out, _arguments(stock, args, kwargs))
+        out = stock_method(self, Composite, name)(*args, **kwargs)
+        if isinstance(self, Composite):
+            self._note_encoded(kind, out, named(self, args, kwargs, name))
         return out
 
     return encode
