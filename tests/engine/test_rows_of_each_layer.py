@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import SHAPE, a_plan, build, left_padded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layouts import SHAPE, a_plan, build, cases, left_padded, plans, shapes
 from oracle import oracle_forward
+from torch import nn
 
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import CACHE_FIELD
@@ -98,3 +101,28 @@ def test_under_exact_mass_a_frozen_layer_still_gives_every_head_its_keys(mass: s
     assert all(row == text for rows in seen for row in rows[2:])
     truth = oracle_forward(model, plan, case.inputs_embeds, case.layout, case.attention_mask).logits
     assert (logits - truth)[case.valid].abs().max() < 1e-4
+
+
+class Somebodys(nn.Linear):
+    """Of a class that the engine does not slice."""
+
+
+@given(data=st.data(), watched=st.booleans())
+@settings(max_examples=80)
+@torch.no_grad()
+def test_modules_that_cannot_be_sliced_are_called_and_give_the_same(
+    data: st.DataObject, watched: bool
+) -> None:
+    """Random plans per layer, every projection hooked or of somebody's own class."""
+    shape = data.draw(shapes())
+    plan, case = data.draw(plans(shape)), data.draw(cases(shape.heads * 8))
+    model = build(shape, plan)
+    for module in [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]:
+        if watched:
+            module.register_forward_hook(lambda module, args, out: None)
+        else:
+            module.__class__ = Somebodys
+    truth = oracle_forward(
+        model, plan, case.inputs_embeds, case.layout, case.attention_mask, case.position_ids
+    ).logits
+    assert (model(**case.kwargs()).logits - truth)[case.valid].abs().max() < 1e-4

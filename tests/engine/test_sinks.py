@@ -14,6 +14,7 @@ from layouts import SHAPE, Case, a_plan, build, make_case, random_sinks
 from oracle import oracle_forward, oracle_greedy
 from torch import Tensor, nn
 
+from yopo import apply
 from yopo.engine.layer_plan import SinkWeights
 from yopo.engine.text_attention import NO_SINK, attend
 from yopo.plan.pruning_plan import PruningPlan
@@ -227,3 +228,14 @@ def test_gradients_of_sinks_weights_and_inputs_are_the_oracles(checkpointing: bo
     for mine, theirs in zip(ours, truth, strict=True):
         assert (mine - theirs).abs().max() < 1e-5 * (1 + theirs.abs().max())
     assert all(gradient.abs().max() > 1e-3 for gradient in ours[:2])
+
+
+@torch.no_grad()
+def test_a_cache_filled_with_other_sinks_is_refused() -> None:
+    plan = sink_plan()
+    case = make_case(ROWS[:1], DIM)
+    model = build(SHAPE, plan)
+    past = model(**case.kwargs(), use_cache=True).past_key_values
+    apply(model, replace(plan, sinks=random_sinks(SHAPE, 4, True)))
+    with pytest.raises(ValueError, match="filled under another plan"):
+        model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=past)
