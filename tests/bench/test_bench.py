@@ -41,7 +41,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mass", ["drop", "exact", "exact/drop", "calibrated"])
+@pytest.mark.parametrize("mass", ["drop", "exact", "exact/drop", "sink"])
 @pytest.mark.parametrize("batch", ["1", "3"])
 def test_last_line_is_json_with_every_arm(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, mass: str, batch: str
@@ -87,6 +87,16 @@ def test_a_plan_for_all_layers_is_thinned_out_for_some(
     (tmp_path / "plan.json").write_text(json.dumps(config["yopo"]))
     words = ["--plan", str(tmp_path / "plan.json"), "--arms", "yopo", "--layers", "2"]
     assert run(capsys, *words)["layers"] == 2
+
+
+def test_a_plan_per_layer_is_timed_without_the_released_codes_simulation(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sizes = dict.fromkeys(SIZES, 4) | {"intermediate_size": 96}
+    recipes.vica(sizes, layers=[1, 2]).save(tmp_path / "vica.json")
+    result = run(capsys, "--plan", str(tmp_path / "vica.json"), "--layers", "4", "--mass", "sink")
+    assert "masked simulation" not in result["prefill_median_s"] and not result.get("failed")
+    assert result["kv_visual_fraction"] == 0.5 and result["mass"] == "sink"
 
 
 def test_arms_whose_scores_do_not_fit_are_left_out(

@@ -31,6 +31,9 @@ def test_simulation_is_the_engine(window: int | None, window_causal: bool) -> No
 def test_simulation_refuses_what_the_released_code_does_not_know() -> None:
     shape = Shape()
     case = make_case([[("text", 2), ("image", 2, 2, False)]], shape.heads * 8)
-    plan = PruningPlan(torch.ones(3, 4), head_mass="drop")
-    with pytest.raises(ValueError, match="exact/exact"):
-        simulate(build(shape, plan).model, plan, case.layout, case.inputs_embeds)
+    each = {"window": [None, 3, 3], "ffn": [None, 7, 7], "visual_attention": [True, False, True]}
+    plans = [{"head_mass": "drop"}, {"prune_visual_queries": False}, {"visual_attention": False}]
+    for changes in [*plans, *({name: value} for name, value in each.items())]:
+        plan = PruningPlan(torch.ones(3, 4), **changes)
+        with pytest.raises(ValueError, match="exact/exact.* one window and one number of neurons"):
+            simulate(build(shape, plan).model, plan, case.layout, case.inputs_embeds)

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from yopo.commands import command_line as cli
+from yopo.plan import sinks as sinks_module
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.plan.sinks import Sinks
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples/tiny_llava/checkpoints"
 SIZES = {
@@ -59,7 +61,7 @@ def test_each_pruning_is_in_the_words(capsys: pytest.CaptureFixture[str], tmp_pa
 
 def test_a_plan_of_the_other_kind(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """As for models never fine-tuned: no window or a causal one, blind visual queries, no cut."""
-    plan = PruningPlan(KEEP, prune_visual_queries=False, head_mass="drop")
+    plan = PruningPlan(KEEP, layer_cut=8, prune_visual_queries=False, head_mass="drop")
     text = said(capsys, checkpoint(tmp_path, plan))
     assert "Window: none" in text and "use all 100 neurons" in text
     assert "read in all 8 layers" in text and "the same holds for visual queries" in text
@@ -69,6 +71,34 @@ def test_a_plan_of_the_other_kind(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "(those before it only)" in text and "5 × 5" in text
     assert "Mass, in pruned heads and cut layers: exact" in text
     assert "the visual rows still run there" in text
+
+
+def test_what_is_said_per_layer_names_the_layers(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    plan = PruningPlan(
+        KEEP,
+        window=[None, None, 3, 3, 3, None, 3, 3],
+        ffn=[None, 50, 0, 0, 0, 50, 100, 0],
+        visual_attention=[True, False, False, True, True, True, True, False],
+    )
+    text = said(capsys, checkpoint(tmp_path, plan))
+    assert "Window: in layers 0–1, layer 5 none: a visual token" in text
+    assert "; in layers 2–4, layers 6–7 3: a visual token sees the text before it" in text
+    assert "FFN: in layer 0, layer 6 visual tokens use all 100 neurons, as text does; in " in text
+    assert "in layer 1, layer 5 visual tokens use the first 50 of 100 neurons, text all" in text
+    assert "in layers 2–4, layer 7 visual tokens do not pass it, text uses all 100" in text
+    assert "Attention: in layers 1–2, layer 7 visual tokens do not attend" in text
+
+
+def test_sinks_are_explained_and_read_beside_the_config(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sinks = Sinks(torch.zeros(8, 4), torch.zeros(8, 4, 16), tokens=576)
+    folder = checkpoint(tmp_path, PruningPlan(KEEP, head_mass="sink", sinks=sinks))
+    monkeypatch.setattr(sinks_module, "_NAMED", {})  # as another process finds it
+    sinks.save(tmp_path / sinks_module.FILE)
+    assert "Mass, in pruned heads: sink: one predicted logit" in said(capsys, folder)
 
 
 def test_many_different_layers_are_summed_up(
@@ -84,7 +114,10 @@ def test_many_different_layers_are_summed_up(
     [
         (PruningPlan(torch.ones(8, 4)), "all 4 heads of layers 0–7 read visual tokens; none is"),
         (PruningPlan(torch.ones(8, 4), layer_cut=0), "no head reads visual tokens"),
-        (PruningPlan(torch.zeros(8, 4)), "0 of 32 (0%) read visual tokens: none in layers 0–7"),
+        (
+            PruningPlan(torch.zeros(8, 4), layer_cut=8),
+            "0 of 32 (0%) read visual tokens: none in layers 0–7",
+        ),
     ],
 )
 def test_plans_at_the_ends(
@@ -143,6 +176,23 @@ def test_head_map_shows_what_each_head_does(
     assert cells[2] == ["reads visual tokens", "pruned"] * 2
     kept = "beyond it, visual queries only" if cut_mass == "exact" else "beyond the layer cut"
     assert cells[6] == [kept] + ["beyond the layer cut"] * 3
+
+
+def test_beyond_the_cut_heads_serve_visual_queries_only_where_there_are_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    drawn: list[Any] = []
+    real = Axes.pcolormesh
+    monkeypatch.setattr(
+        Axes, "pcolormesh", lambda self, *a, **k: drawn.append(a[-1]) or real(self, *a, **k)
+    )
+    plan = PruningPlan(KEEP, layer_cut=6, visual_attention=[True] * 7 + [False])
+    arguments = ["inspect", checkpoint(tmp_path, plan), "--png", str(tmp_path / "map.png")]
+    assert cli.main(arguments) == 0
+    assert drawn[0][6:, 0].tolist() == [3, 2]
 
 
 def test_the_masses_of_the_environment_are_named(

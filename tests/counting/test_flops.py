@@ -13,6 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from layouts import (
+    HEAD_DIM,
     KEEP,
     ROWS,
     SHAPE,
@@ -39,9 +40,14 @@ from yopo.counting.flops import (
 )
 from yopo.counting.pairs import executed, executed_step, stock, stock_step
 from yopo.counting.presets import PRESETS
+from yopo.engine.forward import prepare
+from yopo.engine.layer_plan import LayerPlans
 from yopo.engine.layout import VisualLayout
+from yopo.engine.text_attention import Sight
+from yopo.engine.visual_cache import VisualCache
 from yopo.plan import recipes
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.plan.sinks import Sinks
 from yopo.versions import CACHE_FIELD
 
 PROMPT = Prompt(35, ((24, 24),), 25)
@@ -103,13 +109,33 @@ def shape_of(shape: Shape) -> Any:
     return config
 
 
+def of_sinks(config: Any, plan: PruningPlan, case: Case, layout: VisualLayout) -> list[int]:
+    """What is left out of the count: the sink's key and the 8 features more that heads with one
+    have in a prefill of several text queries (text_attention.py)."""
+    cache = VisualCache.adopt(None, plan, case.shape[0], case.valid[:, :0], [])
+    index = prepare(layout, case.valid, cache, plan)
+    batch, width = case.shape[0], index.text.width
+    if width < 2:
+        return [0] * plan.num_layers
+    queries = width + index.text_sight.causal
+    padded = queries * (width + 1) * (HEAD_DIM + 8) - width * width * HEAD_DIM
+    per_layer = []
+    for layer in LayerPlans.build(config, plan).plans:
+        groups = [group for group in layer.text if group.sight is Sight.SINK]
+        heads = sum(plan.num_heads if group.q is None else len(group.q) for group in groups)
+        per_layer.append(2 * 2 * batch * heads * padded)
+    return per_layer
+
+
 def check_engine(shape: Shape, plan: PruningPlan, case: Case) -> None:
     model, config = build(shape, plan), shape_of(shape)
     layout = VisualLayout.from_mask(case.visual, case.grids)
     batch = case.shape[0]
     with measured(model) as seen:
         cache = getattr(model.model(**case.kwargs(), use_cache=True), CACHE_FIELD)
-    assert seen == split(count(config, plan, executed(layout, case.valid, plan)))
+    counted = split(count(config, plan, executed(layout, case.valid, plan)))
+    sinks = of_sinks(config, plan, case, layout)
+    assert seen == [(a, b + more) for (a, b), more in zip(counted, sinks, strict=True)]
     mask = torch.cat([case.valid, torch.ones(batch, 1, dtype=torch.bool)], 1).long()
     token = torch.zeros(batch, 1, dtype=torch.long)
     with measured(model) as seen:
@@ -120,7 +146,8 @@ def check_engine(shape: Shape, plan: PruningPlan, case: Case) -> None:
 @given(data=st.data())
 @settings(max_examples=150)
 def test_the_count_is_what_the_engine_executes(data: st.DataObject) -> None:
-    """Random plans, mass modes, GQA, batches, padding, several images; prefill and decode."""
+    """Random plans, per layer too, mass modes, GQA, batches, padding, several images; prefill and
+    decode."""
     shape = data.draw(shapes())
     plan = data.draw(plans(shape))
     case = data.draw(cases(shape.heads * 8))
@@ -285,6 +312,42 @@ def test_ideal_ratios_of_the_named_plans() -> None:
         plan = recipe(32, 32).with_mass(mass)
         pruned = sum(layer.total for layer in prefill_flops(shape, PROMPT, plan))
         assert dense / pruned == pytest.approx(ratio, abs=0.01)
+
+
+def test_layers_of_a_plan_per_layer_count_what_each_says() -> None:
+    """By hand on a 2 × 3 grid: dense, frozen, untouched, without attention, without FFN, gone."""
+    shape = replace(PRESETS["llava-1.5-7b"], num_hidden_layers=6)
+    keep = torch.ones(6, 32, dtype=torch.bool)
+    keep[[2, 5]] = False
+    plan = PruningPlan(
+        keep,
+        window=[None, 3, 3, 3, 3, None],
+        ffn=[None, 0, 0, 11, 0, None],
+        visual_attention=[True, False, False, False, True, True],
+        head_mass="drop",
+        cut_mass="drop",
+    )
+    layers = prefill_flops(shape, Prompt(0, ((2, 3),), 1), plan)
+    d, product = 4096, 2 * 4096 * 4096
+    visual = [(x.visual_projections, x.visual_attention, x.visual_ffn) for x in layers]
+    assert visual == [
+        (6 * 4 * product, 4 * d * 21, 6 * 6 * d * 11008),
+        (6 * 2 * product, 0, 0),
+        (0, 0, 0),
+        (6 * 2 * product, 0, 6 * 6 * d * 11),
+        (6 * 4 * product, 4 * d * 4 * 7, 0),
+        (0, 0, 0),
+    ]
+    assert [x.text_attention for x in layers] == [4 * d * n for n in (7, 7, 1, 7, 7, 1)]
+
+
+@pytest.mark.parametrize("b", [None, torch.zeros(32, 32, 128)])
+def test_a_sink_costs_the_logit_of_each_text_query_beyond_drop(b: torch.Tensor | None) -> None:
+    shape, plan = PRESETS["llava-1.5-7b"], recipes.paper_25(32, 32)
+    plan = replace(plan, sinks=Sinks(torch.zeros(32, 32), b))
+    ours, drop = (prefill_flops(shape, PROMPT, plan.with_mass(mass)) for mass in ("sink", "drop"))
+    more = 0 if b is None else 60 * 2 * 4096
+    assert [x.total - y.total for x, y in zip(ours, drop, strict=True)] == [more] * 32
 
 
 def test_a_batch_counts_its_rows() -> None:

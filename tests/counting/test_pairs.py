@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from layouts import Case, a_plan, cases, make_case
 
 from yopo.counting.pairs import executed, executed_step, useful, useful_step
+from yopo.engine.layer_plan import windows
 from yopo.engine.layout import VisualLayout
 from yopo.engine.text_attention import Sight
 
@@ -34,7 +35,8 @@ def by_hand(case: Case, window: int | None, causal: bool) -> dict[bool, dict[Sig
                 products = found[bool(case.visual[b, i])]
                 products[Sight.ALL] += 2
                 products[Sight.MASS] += 1 if case.visual[b, j] else 2
-                products[Sight.NOTHING] += 0 if case.visual[b, j] else 2
+                for sight in (Sight.SINK, Sight.NOTHING):
+                    products[sight] += 0 if case.visual[b, j] else 2
     return found
 
 
@@ -44,9 +46,12 @@ def test_useful_products_are_the_pairs_that_see_each_other(
     case: Case, window: int | None, causal: bool
 ) -> None:
     layout = VisualLayout.from_mask(case.visual, case.grids)
-    work, truth = useful(layout, case.valid, window, causal), by_hand(case, window, causal)
-    assert work.text == truth[False]
-    assert work.visual == truth[True]
+    plan = a_plan(window=[1, window, window], window_causal=causal)
+    work = useful(layout, case.valid, plan)
+    for number, each in enumerate(windows(plan)):
+        truth = by_hand(case, each, causal)
+        assert work.text == truth[False]
+        assert work.visual[number] == truth[True]
     assert work.text_rows == int((case.valid & ~case.visual).sum())
     assert work.visual_rows == int((case.valid & case.visual).sum())
     step = useful_step(layout, case.valid)
@@ -61,12 +66,14 @@ def test_the_engine_executes_at_least_what_is_useful(
     case: Case, window: int | None, causal: bool
 ) -> None:
     layout = VisualLayout.from_mask(case.visual, case.grids)
-    plan = a_plan(window=window, window_causal=causal)
-    needed, done = useful(layout, case.valid, window, causal), executed(layout, case.valid, plan)
+    plan = a_plan(window=[window, 1, 1], window_causal=causal)
+    needed, done = useful(layout, case.valid, plan), executed(layout, case.valid, plan)
     assert done.text_rows >= needed.text_rows and done.visual_rows == needed.visual_rows
     for sight in Sight:
         assert done.text[sight] >= needed.text[sight]
-        assert done.visual[sight] >= needed.visual[sight]
+        assert all(
+            done.visual[w][sight] >= needed.visual[w][sight] for w in range(len(done.visual))
+        )
 
 
 @pytest.mark.parametrize("window", [5, None])
@@ -77,6 +84,6 @@ def test_a_band_is_four_grid_rows_and_the_window_around_them(window: int | None)
     layout = VisualLayout.from_mask(case.visual, case.grids)
     done = executed(layout, case.valid, a_plan(window=window))
     pairs = 4 * (6 + 8 * 4 + 6) if window else 24**2
-    assert done.visual[Sight.ALL] == 2 * pairs
-    assert done.visual[Sight.NOTHING] == 0
+    assert [products[Sight.ALL] for products in done.visual] == [2 * pairs]
+    assert done.visual[0][Sight.NOTHING] == 0
     assert executed_step(layout, case.valid).text[Sight.MASS] == 24 + 2

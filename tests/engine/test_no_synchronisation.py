@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layouts import Shape, build, make_case
+from layouts import Shape, build, make_case, random_sinks
 
 from yopo.engine import forward as engine
 from yopo.engine import weights
@@ -25,9 +25,9 @@ def test_prefill_and_decode_run_without_content(
 ) -> None:
     shape = Shape(layers=3)
     keep = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 0, 1]])
-    constants = torch.full((3, 4), 0.5) if mass == "calibrated" else None
+    sinks = random_sinks(shape, 0, True)
     plan = PruningPlan(
-        keep, window, layer_cut=2, ffn_ratio=2, head_mass=mass, cut_mass=mass, text_mass=constants
+        keep, window, layer_cut=2, ffn_ratio=2, head_mass=mass, cut_mass=mass, sinks=sinks
     )
     rows = [
         [("text", 2), ("image", 6, 6, False), ("text", 3), ("image", 3, 2, False), ("text", 1)],

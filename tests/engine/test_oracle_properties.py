@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import Case, Shape, build, cases, make_case, needs_float16, plans, shapes
+from layouts import Case, Shape, build, cases, make_case, needs_float16, plans, random_sinks, shapes
 from oracle import oracle_forward
 from torch import Tensor
 
@@ -15,7 +15,13 @@ from yopo.models.told import call
 from yopo.plan.pruning_plan import PruningPlan
 
 TOLERANCE = 1e-4
-MASS = [("exact", "exact"), ("exact", "drop"), ("drop", "exact"), ("drop", "drop")]
+MASS = [
+    ("exact", "exact"),
+    ("exact", "drop"),
+    ("drop", "exact"),
+    ("drop", "drop"),
+    ("sink", "sink"),
+]
 
 
 def check(ours: Tensor, truth: Tensor, valid: Tensor, tolerance: float = TOLERANCE) -> None:
@@ -71,6 +77,7 @@ def test_corners(name: str, masses: tuple[str, str], prune_visual_queries: bool)
             head_mass=masses[0],
             cut_mass=masses[1],
             prune_visual_queries=prune_visual_queries,
+            sinks=random_sinks(shape, 3, True),
         )
         run_both(shape, plan, case)
 
@@ -102,7 +109,7 @@ def test_layout_of_the_call_is_the_argument() -> None:
     assert torch.equal(told, held)
 
 
-@pytest.mark.parametrize("masses", [("exact", "exact"), ("drop", "drop")])
+@pytest.mark.parametrize("masses", [("exact", "exact"), ("drop", "drop"), ("sink", "sink")])
 @pytest.mark.parametrize(
     "dtype,tolerance",
     [(torch.bfloat16, 0.25), pytest.param(torch.float16, 0.04, marks=needs_float16)],
@@ -118,6 +125,7 @@ def test_half_precision_is_near(
         ffn_ratio=2,
         head_mass=masses[0],
         cut_mass=masses[1],
+        sinks=random_sinks(shape, 20, True),
     )
     first = [("text", 4), ("image", 5, 5, False), ("text", 3)]
     case = make_case([first, [("image", 3, 2, False), ("text", 4)]], 32, pads=[(1, 0), (1, 0)])

@@ -4,6 +4,7 @@ numbers where something is; in one pass, in steps, in batches."""
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +36,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import yopo
+from yopo.plan.config_fields import head_dim
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.plan.sinks import Sinks
 
 SHAPE = Shape(LAYERS, HEADS, KV, NEURONS)
 MASSES = [("exact", "exact"), ("exact", "drop"), ("drop", "exact"), ("drop", "drop")]
@@ -132,9 +135,21 @@ def test_a_mixed_batch_is_the_oracles(
 
 
 @pytest.mark.feature("oracle, every mass mode")
-def test_calibrated_mass_is_the_oracles(kind: Kind) -> None:
-    share = torch.rand(LAYERS, HEADS, generator=torch.Generator().manual_seed(2))
-    plan = a_plan(head_mass="calibrated", cut_mass="calibrated", text_mass=share)
+def test_sinks_and_plans_per_layer_are_the_oracles(kind: Kind) -> None:
+    model = build(kind)
+    generator = torch.Generator().manual_seed(2)
+    shape = LAYERS, HEADS, head_dim(model.config)
+    sinks = Sinks(
+        torch.randn(shape[:2], generator=generator), torch.randn(shape, generator=generator), 4
+    )
+    each = {
+        "window": [3] + [None] * (LAYERS - 1),
+        "visual_attention": [True, False] + [True] * (LAYERS - 2),
+        "ffn": [None, 5] + [0] * (LAYERS - 2),
+    }
+    plan = a_plan(head_mass="sink", cut_mass="sink", sinks=sinks)
+    compare(model, plan, make(kind, mixed(kind)))
+    plan = replace(plan, ffn_ratio=1, layer_cut=LAYERS, window_causal=True, **each)
     compare(build(kind), plan, make(kind, mixed(kind)))
 
 

@@ -14,6 +14,7 @@ from small_plans import DECIDED, KEEP, LAYERS, RELEASED, config, plan
 
 from yopo.plan import head_mask
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.plan.sinks import Sinks
 
 
 @pytest.mark.parametrize("values", [{}, DECIDED], ids=["defaults", "all set"])
@@ -30,16 +31,16 @@ def test_a_saved_plan_loads_equal_and_leaves_no_other_file(values, kind, tmp_pat
 @given(
     window=st.none() | st.integers(1, 99),
     ffn_ratio=st.floats(1, 1e6),
-    shares=st.lists(st.floats(0, 1, width=32), min_size=2, max_size=2),
+    logits=st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=2),
 )
-def test_every_number_survives_the_file(window, ffn_ratio, shares, tmp_path_factory):
+def test_every_number_survives_the_file(window, ffn_ratio, logits, tmp_path_factory):
     file = tmp_path_factory.mktemp("plan") / "plan.json"
     made = PruningPlan(
         [[1, 0]],
         window=window,
         ffn_ratio=ffn_ratio,
-        cut_mass="calibrated",
-        text_mass=[shares],
+        cut_mass="sink",
+        sinks=Sinks([logits]),
     )
     made.save(file)
     assert PruningPlan.load(file) == made
@@ -144,7 +145,7 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
         "a list": (b"[]", "no JSON object"),
         "no plan": (text(config().to_dict()), "holds no plan"),
         "an empty object": (b"{}", "holds no plan"),
-        "another format": (text({**block, "format": 2}), "format is 2; this yopo reads 1"),
+        "another format": (text({**block, "format": 3}), "format is 3; this yopo reads 1, 2"),
         "no format": (text({k: v for k, v in block.items() if k != "format"}), "format is None"),
         "a key less": (text({k: v for k, v in block.items() if k != "window"}), "keys: window"),
         "a bad value": (text({**block, "window": 0}), "window is 0"),

@@ -235,20 +235,29 @@ def test_yopo_mass_overrides_what_a_config_says(setting, masses, monkeypatch, ma
     assert plan().head_mass == "exact", "a plan made in code is what it says"
 
 
-def test_yopo_mass_overrides_a_calibrated_plan_and_can_ask_for_its_constants(monkeypatch):
+def test_yopo_mass_overrides_a_plan_with_sinks_and_can_ask_for_them(monkeypatch):
     target = config()
     plan(**DECIDED).save_to(target)
-    monkeypatch.setenv("YOPO_MASS", "exact")
-    assert PruningPlan.from_config(target).text_mass is None
-    monkeypatch.setenv("YOPO_MASS", "drop/calibrated")
-    read = PruningPlan.from_config(target)
-    assert (read.head_mass, read.cut_mass) == ("drop", "calibrated")
-    assert torch.equal(read.text_mass, torch.tensor(SHARES))
+    for setting, masses in (("exact", ("exact", "exact")), ("drop/sink", ("drop", "sink"))):
+        monkeypatch.setenv("YOPO_MASS", setting)
+        read = PruningPlan.from_config(target)
+        assert (read.head_mass, read.cut_mass) == masses
+        assert torch.equal(read.sinks.a, torch.tensor(SHARES))
 
 
 @pytest.mark.parametrize(
     "setting",
-    ["Exact", "none", "exact/", "/drop", "exact/drop/drop", "exact,drop", " ", "calibrated"],
+    [
+        "Exact",
+        "none",
+        "exact/",
+        "/drop",
+        "exact/drop/drop",
+        "exact,drop",
+        " ",
+        "calibrated",
+        "sink",
+    ],
 )
 def test_a_bad_yopo_mass_is_refused_not_ignored(setting, monkeypatch):
     target = config()

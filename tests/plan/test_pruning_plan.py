@@ -14,6 +14,7 @@ import torch
 from small_plans import DECIDED, HEADS, KEEP, LAYERS, NEURONS, RELEASED, SHARES, config, plan
 
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.plan.sinks import Sinks
 
 # --- the constructor ---------------------------------------------------------------------------
 
@@ -45,7 +46,8 @@ def test_defaults_prune_nothing_but_the_heads():
     made = plan()
     assert (made.window, made.layer_cut, made.ffn_ratio) == (None, LAYERS, 1)
     assert (made.head_mass, made.cut_mass) == ("exact", "exact")
-    assert (made.window_causal, made.prune_visual_queries, made.text_mass) == (False, True, None)
+    assert (made.window_causal, made.prune_visual_queries, made.sinks) == (False, True, None)
+    assert (made.ffn, made.visual_attention) == (None, True)
 
 
 def test_numpy_numbers_become_python_numbers():
@@ -72,7 +74,7 @@ def test_tensors_are_on_the_cpu_even_while_models_are_built_on_meta(mask_file):
         read = PruningPlan.from_config(target)
         released = PruningPlan.from_config(config(**RELEASED))
     assert read == made and released.head_keep.tolist() == KEEP
-    for tensor in (made.head_keep, made.text_mass, read.head_keep, released.head_keep):
+    for tensor in (made.head_keep, made.sinks.a, read.head_keep, read.sinks.a, released.head_keep):
         assert tensor.device.type == "cpu"
 
 
@@ -114,12 +116,15 @@ def test_a_mask_without_values_is_refused():
 
 
 BAD_VALUES = [
-    *(("window", v, "whole numbers from 1") for v in (0, -3, 2.5, 5.0, True, "5", [5])),
+    *(("window", v, "whole numbers from 1") for v in (0, -3, 2.5, 5.0, True, "5")),
+    *(("ffn", v, "whole numbers from 0") for v in (-3, 2.5, 5.0, True, "5")),
+    *(("visual_attention", v, "True, False") for v in (1, 0, None, "false")),
+    ("sinks", SHARES, "None, Sinks"),
     *(("layer_cut", v, "0 to 4") for v in (-1, 5, 1.0, True, False, "2")),
     *(("ffn_ratio", v, "from 1") for v in (0, 0.99, -2, True, "2", None)),
     *(("ffn_ratio", v, "finite") for v in (float("inf"), float("nan"), 10**400)),
-    *(("head_mass", v, "exact, drop, calibrated") for v in ("Exact", "", None, 1, [])),
-    *(("cut_mass", v, "exact, drop, calibrated") for v in ("dropped", "exact/drop", True)),
+    *(("head_mass", v, "exact, drop, sink") for v in ("Exact", "calibrated", "", None, 1, [])),
+    *(("cut_mass", v, "exact, drop, sink") for v in ("dropped", "exact/drop", True)),
     *(("window_causal", v, "True, False") for v in (1, 0, None, "false")),
     *(("prune_visual_queries", v, "True, False") for v in (1, 0, None, "true")),
 ]
@@ -130,35 +135,114 @@ def test_a_bad_value_is_refused_with_field_value_and_range(field, value, allowed
     with pytest.raises(ValueError) as caught:
         plan(**{field: value})
     text = str(caught.value)
-    assert field in text and repr(value)[:50] in text and allowed in text
+    assert field in text and allowed in text
+    assert repr(value)[:50] in text or field == "sinks"
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("layer_cut", 0), ("layer_cut", LAYERS), ("window", 1)]
+    ("field", "value"), [("layer_cut", 0), ("layer_cut", LAYERS), ("window", 1), ("ffn", 0)]
 )
 def test_the_ends_of_the_ranges_are_allowed(field, value):
     assert getattr(plan(**{field: value}), field) == value
 
 
+def test_without_a_layer_cut_it_is_the_layer_after_the_last_that_reads():
+    keep = torch.tensor(KEEP)
+    keep[2:] = 0
+    assert plan(head_keep=keep).layer_cut == 2
+    assert plan(head_keep=torch.zeros(LAYERS, HEADS)).layer_cut == 0
+    assert plan(head_keep=keep, layer_cut=None).layer_cut == 2
+    assert plan(head_keep=keep, layer_cut=LAYERS).layer_cut == LAYERS
+    assert replace(plan(head_keep=keep), head_keep=KEEP).layer_cut == 2, "found once, then a value"
+
+
+# --- per layer ---------------------------------------------------------------------------------
+
+EACH = {
+    "window": [None, 5, 1, None],
+    "ffn": [None, 0, 7, NEURONS],
+    "visual_attention": [True, False, False, True],
+}
+
+
+@pytest.mark.parametrize("field", EACH)
+@pytest.mark.parametrize("make", [list, tuple])
+def test_one_value_for_each_layer_is_kept_as_a_tuple(field, make):
+    made = plan(**{field: make(EACH[field])})
+    assert getattr(made, field) == tuple(EACH[field])
+    assert made == plan(**{field: EACH[field]}) and hash(made) == hash(plan(**{field: EACH[field]}))
+    assert made != plan()
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_tensors_and_arrays_of_values_become_python_numbers(kind):
+    made = plan(
+        window=kind([5, 3, 3, 1]),
+        ffn=kind([0, 1, 2, 3]),
+        visual_attention=kind([True, False, True, True]),
+    )
+    assert (made.window, made.ffn) == ((5, 3, 3, 1), (0, 1, 2, 3))
+    assert made.visual_attention == (True, False, True, True)
+    assert plan(window=kind(5)) == plan(window=5)
+
+
 @pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"head_mass": "calibrated"}, "text_mass None"),
-        ({"cut_mass": "calibrated"}, "text_mass None"),
-        ({"text_mass": SHARES}, "text_mass given"),
-        ({"cut_mass": "calibrated", "text_mass": SHARES[:-1]}, r"shape \(3, 10\).*\(4, 10\)"),
-        ({"cut_mass": "calibrated", "text_mass": 0.5}, r"shape \(\)"),
-        ({"cut_mass": "calibrated", "text_mass": [[1.5] * HEADS] * LAYERS}, r"\[0, 0\] is 1.5"),
-        ({"cut_mass": "calibrated", "text_mass": [[-0.1] * HEADS] * LAYERS}, r"is -0.1"),
-        ({"cut_mass": "calibrated", "text_mass": [[float("nan")] * HEADS] * LAYERS}, "is nan"),
-        ({"cut_mass": "calibrated", "text_mass": [["1"] * HEADS] * LAYERS}, "is '1'"),
-        ({"cut_mass": "calibrated", "text_mass": [[True] * HEADS] * LAYERS}, "is True"),
-        ({"cut_mass": "calibrated", "text_mass": torch.ones(4, 10, device="meta")}, "meta"),
-    ],
+    ("field", "value"), [("window", None), ("window", 3), ("ffn", 0), ("visual_attention", False)]
 )
-def test_constants_are_given_exactly_when_they_are_used_and_are_shares(values, words):
-    with pytest.raises(ValueError, match=f"text_mass.*{words}|{words}"):
-        plan(**values)
+def test_equal_values_of_all_layers_are_one_value(field, value):
+    made = plan(**{field: [value] * LAYERS})
+    assert getattr(made, field) == value and made == plan(**{field: value})
+    assert hash(made) == hash(plan(**{field: value}))
+
+
+@pytest.mark.parametrize("field", EACH)
+@pytest.mark.parametrize("count", [0, 1, LAYERS - 1, LAYERS + 1])
+def test_values_of_another_number_of_layers_are_refused(field, count):
+    with pytest.raises(ValueError, match=f"{field} has {count} values; allowed: .* or 4, one each"):
+        plan(**{field: EACH[field][:1] * count})
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"),
+    [("window", 0), ("window", True), ("ffn", -1), ("ffn", 1.5), ("visual_attention", 1)],
+)
+def test_a_bad_value_among_those_of_the_layers_is_named_with_its_place(field, bad):
+    with pytest.raises(ValueError, match=rf"{field}\[2\] is {bad!r}"):
+        plan(**{field: [*EACH[field][:2], bad, EACH[field][3]]})
+
+
+def test_windows_and_who_attends_are_told_for_each_layer():
+    assert plan(window=5).windows == (5,) * LAYERS and plan().visual_attends == (True,) * LAYERS
+    made = plan(**EACH)
+    assert made.windows == tuple(EACH["window"])
+    assert made.visual_attends == tuple(EACH["visual_attention"])
+
+
+# --- sinks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", ["head_mass", "cut_mass"])
+def test_the_mass_sink_without_sinks_is_refused_naming_the_command(field):
+    with pytest.raises(ValueError, match=f"{field} .*'sink'.*no sinks; .*python -m yopo sinks"):
+        plan(**{field: "sink"})
+    assert plan(**{field: "sink"}, sinks=Sinks(SHARES)).sinks == Sinks(SHARES)
+
+
+def test_sinks_may_be_there_though_no_mass_uses_them():
+    assert plan(sinks=Sinks(SHARES)).head_mass == "exact"
+
+
+@pytest.mark.parametrize("a", [SHARES[:-1], [row[:-1] for row in SHARES], [[0.0]]])
+def test_sinks_of_another_model_are_refused_naming_both_shapes(a):
+    with pytest.raises(ValueError, match=r"sinks\.a has shape .*\(4, 10\).*of another model"):
+        plan(sinks=Sinks(a))
+
+
+def test_sinks_with_heads_of_another_size_are_refused_for_the_model():
+    a = torch.zeros(LAYERS, HEADS)
+    plan(sinks=Sinks(a, torch.zeros(LAYERS, HEADS, 4))).validate(config())
+    with pytest.raises(ValueError, match=r"sinks\.b has shape \(4, 10, 5\).*heads have 4 features"):
+        plan(sinks=Sinks(a, torch.zeros(LAYERS, HEADS, 5))).validate(config())
 
 
 # --- against the model -------------------------------------------------------------------------
@@ -184,7 +268,25 @@ def test_a_ratio_above_the_ffn_size_is_refused():
     ("size", "ratio", "neurons"), [(11008, 2, 5504), (10, 3, 3), (48, 1, 48), (5, 5, 1)]
 )
 def test_neurons_are_the_whole_part_of_the_quotient(size, ratio, neurons):
-    assert plan(ffn_ratio=ratio).ffn_neurons(size) == neurons
+    assert plan(ffn_ratio=ratio).ffn_neurons(size) == (neurons,) * LAYERS
+
+
+def test_neurons_of_each_layer_are_those_given_and_never_more_than_there_are():
+    assert plan(**EACH).ffn_neurons(NEURONS) == (NEURONS, 0, 7, NEURONS)
+    assert plan(ffn=0).ffn_neurons(NEURONS) == (0,) * LAYERS
+    plan(**EACH).validate(config())
+    for ffn in (NEURONS + 1, [0, 0, 0, NEURONS + 1]):
+        with pytest.raises(ValueError, match="ffn is 49; allowed: 0 to intermediate_size, 48"):
+            plan(ffn=ffn).validate(config())
+        with pytest.raises(ValueError, match="ffn is 49"):
+            plan(ffn=ffn).save_to(config())
+
+
+@pytest.mark.parametrize("ffn", [0, NEURONS, EACH["ffn"]])
+def test_neurons_and_a_ratio_at_once_are_refused(ffn):
+    with pytest.raises(ValueError, match="ffn is .* and ffn_ratio 2: give one of them"):
+        plan(ffn=ffn, ffn_ratio=2)
+    assert plan(ffn=ffn, ffn_ratio=1).ffn_ratio == 1
 
 
 def test_a_config_of_no_language_model_is_refused_by_name():
@@ -203,26 +305,21 @@ def test_with_mass_changes_the_masses_and_nothing_else(setting, masses):
     made = plan(**DECIDED)
     changed = made.with_mass(setting)
     assert (changed.head_mass, changed.cut_mass) == masses
-    assert changed == replace(made, head_mass=masses[0], cut_mass=masses[1], text_mass=None)
+    assert changed == replace(made, head_mass=masses[0], cut_mass=masses[1])
+    assert changed.sinks == made.sinks, "to be asked for again"
     assert made == plan(**DECIDED)
 
 
-def test_with_mass_keeps_the_constants_that_calibrated_uses():
-    changed = plan(**DECIDED).with_mass("drop/calibrated", text_mass=torch.ones(LAYERS, HEADS))
-    assert torch.equal(changed.text_mass, torch.tensor(SHARES)), "its own, not those offered"
-    lacking = plan().with_mass("calibrated", text_mass=SHARES)
-    assert torch.equal(lacking.text_mass, torch.tensor(SHARES))
-    assert plan().with_mass("drop", text_mass=SHARES).text_mass is None
+def test_with_mass_refuses_sink_without_sinks_and_names_the_remedy():
+    with pytest.raises(ValueError, match=r"--mass is 'drop/sink'.*no sinks; .*yopo sinks"):
+        plan().with_mass("drop/sink", name="--mass")
 
 
-def test_with_mass_refuses_calibrated_without_constants_and_names_the_remedy():
-    with pytest.raises(ValueError, match=r"--mass is 'drop/calibrated'.*no.*text_mass; use exact"):
-        plan().with_mass("drop/calibrated", name="--mass")
-
-
-@pytest.mark.parametrize("setting", ["", "Exact", "exact/", "/drop", "drop/drop/drop", None, 1, []])
+@pytest.mark.parametrize(
+    "setting", ["", "calibrated", "exact/", "/drop", "drop/drop/drop", None, 1]
+)
 def test_with_mass_refuses_other_words_calling_the_setting_by_its_name(setting):
-    with pytest.raises(ValueError, match="mass is .*allowed: HEAD or HEAD/CUT.*exact, drop, cali"):
+    with pytest.raises(ValueError, match="mass is .*allowed: HEAD or HEAD/CUT.*exact, drop, sink"):
         plan().with_mass(setting)
 
 
@@ -240,6 +337,9 @@ def test_with_mass_refuses_other_words_calling_the_setting_by_its_name(setting):
         {"window_causal": True},
         {"prune_visual_queries": False},
         {"head_keep": [[1] * HEADS] * LAYERS},
+        {"sinks": Sinks(SHARES)},
+        {"ffn": [None, None, None, 0]},
+        {"visual_attention": [True, True, True, False]},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -251,7 +351,7 @@ def test_equal_plans_have_one_hash_and_plans_equal_nothing_else():
     assert len({plan(**DECIDED), plan(**DECIDED)}) == 1
     other = torch.tensor(SHARES)
     other[0, 0] = 0.9
-    assert plan(**{**DECIDED, "text_mass": other}) != plan(**DECIDED)
+    assert plan(**{**DECIDED, "sinks": Sinks(other)}) != plan(**DECIDED)
     assert plan() != KEEP
     assert replace(plan(), window=3).window == 3
 
@@ -276,7 +376,11 @@ COPIES = {
 }
 
 
-@pytest.mark.parametrize("values", [{}, DECIDED], ids=["defaults", "all set"])
+@pytest.mark.parametrize(
+    "values",
+    [{}, DECIDED, EACH | {"sinks": Sinks(SHARES, torch.ones(LAYERS, HEADS, 3), None)}],
+    ids=["defaults", "all set", "per layer"],
+)
 @pytest.mark.parametrize("how", COPIES)
 def test_a_copy_is_equal_field_by_field_and_found_in_a_dictionary(how, values):
     made = plan(**values)
@@ -297,5 +401,5 @@ def test_a_deep_copy_does_not_share_its_mask():
 def test_a_plan_that_torch_is_told_to_trust_loads_as_weights():
     if not hasattr(torch.serialization, "safe_globals"):
         pytest.skip("this torch cannot be told")
-    with torch.serialization.safe_globals([PruningPlan]):
+    with torch.serialization.safe_globals([PruningPlan, Sinks]):
         assert stored(plan(**DECIDED), True) == plan(**DECIDED)

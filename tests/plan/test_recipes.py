@@ -17,6 +17,7 @@ from small_plans import HEADS, KEEP, LAYERS, config
 import yopo
 from yopo.plan import recipes
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.plan.sinks import Sinks
 
 
 def test_recipes_are_a_public_name_that_costs_nothing_until_used():
@@ -135,10 +136,15 @@ def test_a_plan_for_fewer_layers_keeps_the_proportions(published, tmp_path):
     assert part.layer_cut == 4
     assert torch.equal(part.head_keep, published[[0, 4, 8, 12, 16, 20, 24, 28]])
     shares = torch.linspace(0, 1, LAYERS * HEADS).view(LAYERS, HEADS)
-    made = PruningPlan(KEEP, layer_cut=2, cut_mass="calibrated", text_mass=shares)
+    each = {"window": [1, 2, 3, 4], "ffn": [0, 1, 2, 3], "visual_attention": [True, False] * 2}
+    sinks = Sinks(shares, shares[..., None].expand(-1, -1, 8), tokens=9)
+    made = PruningPlan(KEEP, layer_cut=2, cut_mass="sink", sinks=sinks, **each)
     made.save(tmp_path / "plan.json")
     part = recipes.named_plan(str(tmp_path / "plan.json"), 2, HEADS, whole=LAYERS)
-    assert part.layer_cut == 1 and torch.equal(part.text_mass, shares[[0, 2]])
+    assert (part.layer_cut, part.window, part.ffn) == (1, (1, 3), (0, 2))
+    assert part.visual_attention is True
+    assert torch.equal(part.sinks.a, shares[[0, 2]]) and part.sinks.b.shape == (2, HEADS, 8)
+    assert part.sinks.tokens == 9
 
 
 @pytest.mark.parametrize("sizes", [(40, 32), (32, 40), (8, 32)])

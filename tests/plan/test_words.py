@@ -7,6 +7,7 @@ import torch
 from small_plans import DECIDED, HEADS, LAYERS, SHARES, plan
 
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.plan.sinks import Sinks
 
 ALL, NONE = torch.ones(LAYERS, HEADS), torch.zeros(LAYERS, HEADS)
 GIVE_NOTHING = "To visual tokens pruned heads give nothing."
@@ -32,7 +33,7 @@ GIVE_NOTHING = "To visual tokens pruned heads give nothing."
             "No head reads visual tokens. Mass on visual keys: drop from layer 0 on.",
         ),
         (
-            {"head_keep": NONE, "head_mass": "drop"},
+            {"head_keep": NONE, "layer_cut": LAYERS, "head_mass": "drop"},
             f"No head reads visual tokens. {GIVE_NOTHING} Mass on visual keys: drop in pruned "
             "heads.",
         ),
@@ -67,12 +68,35 @@ GIVE_NOTHING = "To visual tokens pruned heads give nothing."
             "Visual tokens see earlier neighbours within 1 row and column (window 4) and use the "
             "first 40 % of the FFN neurons in their new order. 7 of 20 heads of layers 0–1 read "
             "visual tokens, none from layer 2 of 4 on. To visual tokens pruned heads give what "
-            "text says. Mass on visual keys: calibrated in pruned heads, drop from layer 2 on.",
+            "text says. Mass on visual keys: sink in pruned heads, drop from layer 2 on.",
         ),
         (
-            {"head_mass": "calibrated", "text_mass": SHARES},
+            {"head_mass": "sink", "sinks": Sinks(SHARES)},
             f"14 of 40 heads of layers 0–3 read visual tokens. {GIVE_NOTHING} Mass on visual keys: "
-            "calibrated in pruned heads.",
+            "sink in pruned heads.",
+        ),
+        (
+            {"visual_attention": False, "ffn": 0, "head_mass": "drop"},
+            "Visual tokens do not attend and pass no FFN. 14 of 40 heads of layers 0–3 read visual "
+            "tokens. Mass on visual keys: drop in pruned heads.",
+        ),
+        (
+            {
+                "head_keep": ALL,
+                "window": [None, 3, 3, 1],
+                "visual_attention": [True, False, True, False],
+                "ffn": [None, 0, 7, 7],
+            },
+            "Visual tokens see neighbours within 1 row and column (window 3) in layers 1–2 and see "
+            "no other visual token (window 1) in layer 3 and do not attend in layers 1, 3 and pass "
+            "no FFN in layer 1 and use the first 7 FFN neurons in layers 2–3. All 10 heads of "
+            "layers 0–3 read visual tokens.",
+        ),
+        (
+            {"layer_cut": 2, "cut_mass": "drop", "visual_attention": [False, False, True, True]},
+            "Visual tokens do not attend in layers 0–1. 7 of 20 heads of layers 0–1 read visual "
+            "tokens, none from layer 2 of 4 on. Mass on visual keys: exact in pruned heads, drop "
+            "from layer 2 on.",
         ),
     ],
 )

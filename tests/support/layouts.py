@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.plan.sinks import Sinks
 
 HEAD_DIM = 8
 VOCAB = 31
-MASSES = ("exact", "drop", "calibrated")
+MASSES = ("exact", "drop", "sink")
 
 
 @dataclass(frozen=True)
@@ -251,26 +252,38 @@ def shapes(max_layers: int = 4) -> st.SearchStrategy[Shape]:
     )
 
 
+def random_sinks(shape: Shape, seed: int, with_b: bool) -> Sinks:
+    generator = torch.Generator().manual_seed(seed)
+    a = 3 * torch.randn(shape.layers, shape.heads, generator=generator)
+    b = 3 * torch.randn(*a.shape, HEAD_DIM, generator=generator)
+    return Sinks(a, b if with_b else None, 1 + seed)
+
+
 @st.composite
 def plans(draw: st.DrawFn, shape: Shape, **fixed: Any) -> PruningPlan:
     layers, heads = shape.layers, shape.heads
+
+    def one_or_each(one: st.SearchStrategy[Any]) -> Any:
+        return draw(st.one_of(one, st.lists(one, min_size=layers, max_size=layers)))
+
     some = st.lists(st.booleans(), min_size=heads, max_size=heads)
     rows = st.one_of(st.just([True] * heads), st.just([False] * heads), some)
     values = dict(
         head_keep=draw(st.lists(rows, min_size=layers, max_size=layers)),
-        window=draw(st.sampled_from([None, 1, 2, 3, 4, 5, 8])),
-        layer_cut=draw(st.integers(0, layers)),
+        window=one_or_each(st.sampled_from([None, 1, 2, 3, 4, 5, 8])),
+        layer_cut=draw(st.one_of(st.none(), st.integers(0, layers))),
         ffn_ratio=draw(st.sampled_from([1, 1.5, 2, 2.7, 5, 24])),
+        visual_attention=one_or_each(st.booleans()),
         head_mass=draw(st.sampled_from(MASSES)),
         cut_mass=draw(st.sampled_from(MASSES)),
         window_causal=draw(st.booleans()),
         prune_visual_queries=draw(st.booleans()),
     )
+    if draw(st.booleans()):
+        values |= {"ffn_ratio": 1, "ffn": one_or_each(st.sampled_from([None, 0, 1, 7, 24]))}
     values.update(fixed)
-    if "calibrated" in (values["head_mass"], values["cut_mass"]):
-        generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-        share = torch.rand(layers, heads, generator=generator)
-        values["text_mass"] = (1.4 * share - 0.2).clamp(0, 1)  # 0 and 1 themselves included
+    if "sink" in (values["head_mass"], values["cut_mass"]):
+        values["sinks"] = random_sinks(shape, draw(st.integers(0, 99)), draw(st.booleans()))
     values["head_keep"] = torch.tensor(values["head_keep"])
     return PruningPlan(**values)
 

@@ -64,7 +64,7 @@ def oracle_forward(
     L, H = keep.shape
     D = getattr(config, "head_dim", None) or config.hidden_size // H
     C = L if plan.layer_cut is None else plan.layer_cut
-    neurons = int(config.intermediate_size / plan.ffn_ratio)
+    neurons = plan.ffn_neurons(config.intermediate_size)
 
     def linear(module: Any, x: Tensor) -> Tensor:
         bias = None if module.bias is None else module.bias.to(dtype)
@@ -84,14 +84,14 @@ def oracle_forward(
     def apart(place: Tensor) -> Tensor:  # (B, query, key)
         return (place[:, :, None] - place[:, None, :]).abs()
 
-    if plan.window is None:
-        near = before.expand(B, n, n)
-    else:
-        rho = (plan.window - 1) // 2
+    def near(window: int | None) -> Tensor:
+        if window is None:
+            return before.expand(B, n, n)
+        rho = (window - 1) // 2
         near = (apart(layout.image) == 0) & (apart(layout.row) <= rho) & (apart(layout.col) <= rho)
-        near = near & before if plan.window_causal else near
+        return near & before if plan.window_causal else near
+
     sees_text = (before & text[:, None, :])[:, None]  # (B, 1, query, key)
-    sees_visual = (torch.where(visual[:, :, None], near, before) & visual[:, None, :])[:, None]
     visual_query = visual[:, None, :, None]
 
     if angles is None:
@@ -102,8 +102,11 @@ def oracle_forward(
     states = [h]
     for index, layer in enumerate(layers):
         attention, mlp = layer.self_attn, layer.mlp
+        seen = torch.where(visual[:, :, None], near(plan.windows[index]), before)
+        sees_visual = (seen & visual[:, None, :])[:, None]
         x = norm(layer.input_layernorm, h)
-        q = rotate(heads(linear(attention.q_proj, x)), angles)
+        q_still = heads(linear(attention.q_proj, x))
+        q = rotate(q_still, angles)
         k = rotate(heads(linear(attention.k_proj, x)), angles)
         v = heads(linear(attention.v_proj, x))
         scores = q @ k.transpose(-1, -2) / D**0.5
@@ -114,19 +117,33 @@ def oracle_forward(
             blind = seeing * sees_text
         else:
             blind = masked_softmax(scores, sees_text)
-            if mass == "calibrated":  # m where the query sees any visual key, else 1
-                m = plan.text_mass[index].to(dtype)[None, :, None, None]
-                blind = torch.where(sees_visual.any(-1, True), m, 1) * blind
+            if mass == "sink":  # text queries: one more logit, without a value
+                a, b = plan.sinks.a[index].to(dtype), plan.sinks.b
+                s = a[None, :, None].expand(B, H, n)
+                if b is not None:
+                    s = s + (q_still * b[index].to(dtype)[:, None]).sum(-1)
+                count = sees_visual.sum(-1).to(dtype)  # (B, 1, query)
+                shift = (
+                    0
+                    if plan.sinks.tokens is None
+                    else (count.clamp(min=1) / plan.sinks.tokens).log()
+                )
+                s = (s + shift)[..., None]
+                lse = scores.masked_fill(~sees_text, torch.finfo(dtype).min).logsumexp(-1, True)
+                sinks = (count > 0)[..., None] & ~visual_query
+                blind = torch.where(sinks, torch.sigmoid(lse - s), 1) * blind
         kept = keep[index][None, :, None, None]
         weights = torch.where(kept & torch.tensor(index < C), seeing, blind)
         if plan.prune_visual_queries:
             weights = weights * ~(~kept & visual_query)
-        out = h + linear(attention.o_proj, (weights @ v).transpose(1, 2).reshape(B, n, H * D))
+        out = linear(attention.o_proj, (weights @ v).transpose(1, 2).reshape(B, n, H * D))
+        out = h + (out if plan.visual_attends[index] else out * ~visual[..., None])
 
         x = norm(layer.post_attention_layernorm, out)
         inner = F.silu(linear(mlp.gate_proj, x)) * linear(mlp.up_proj, x)
-        used = torch.arange(inner.shape[-1]) < neurons  # the neurons visual tokens use
-        out = out + linear(mlp.down_proj, inner * (used | ~visual[..., None]))
+        used = torch.arange(inner.shape[-1]) < neurons[index]  # the neurons visual tokens use
+        fed = linear(mlp.down_proj, inner * (used | ~visual[..., None]))
+        out = out + (fed if neurons[index] else fed * ~visual[..., None])
 
         stopped = index >= C and plan.cut_mass != "exact"
         h = torch.where(visual[..., None], h, out) if stopped else out

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import LlamaConfig
 
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.plan.sinks import Sinks
 
 LAYERS, HEADS, NEURONS = 4, 10, 48
 KEEP = [[(layer + head) % 3 == 0 for head in range(HEADS)] for layer in range(LAYERS)]
@@ -20,11 +21,11 @@ DECIDED = {
     "window": 4,
     "layer_cut": 2,
     "ffn_ratio": 2.5,
-    "head_mass": "calibrated",
+    "head_mass": "sink",
     "cut_mass": "drop",
     "window_causal": True,
     "prune_visual_queries": False,
-    "text_mass": SHARES,
+    "sinks": Sinks(SHARES),
     "ffn_order": "sha256:" + "0" * 64,
 }
 

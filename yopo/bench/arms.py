@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from yopo.bench.random_model import Case
-from yopo.bench.simulation import simulate
+from yopo.bench.simulation import can_simulate, simulate
 from yopo.models import attach
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import CACHE_FIELD, attention_is_switchable
@@ -45,7 +45,7 @@ class Arm:
 
 def arms_of(names: Collection[str], model: Any, plan: PruningPlan | None, case: Case) -> list[Arm]:
     """The arms `names`, and those that always run. They share the model: each puts it in its own
-    state first. The masked simulation knows plans that prune visual queries only."""
+    state first. The masked simulation is there for plans that the released code could compute."""
     prefill, decode = partial(_prefill, model, case), partial(_decode, model, case)
     stock = partial(_as_stock, model)
     arms = {
@@ -54,7 +54,7 @@ def arms_of(names: Collection[str], model: Any, plan: PruningPlan | None, case: 
     }
     if not attention_is_switchable():
         arms["eager"].failed = "needs transformers 4.48"
-    if plan is not None and plan.prune_visual_queries:
+    if plan is not None and can_simulate(plan):
         masked = partial(_masked, model, plan, case)
         arms["masked"] = Arm("masked simulation", masked, None, partial(stock, "sdpa"), square=True)
     if plan is not None:
@@ -87,7 +87,7 @@ def _decode(model: Any, case: Case, cache: Any) -> None:
 
 
 def _masked(model: Any, plan: PruningPlan, case: Case) -> None:
-    released = replace(plan, head_mass="exact", cut_mass="exact", text_mass=None)
+    released = replace(plan, head_mass="exact", cut_mass="exact")
     simulate(model.model, released, case.layout, case.embeds)
 
 

@@ -24,8 +24,11 @@ def simulate(model: Any, plan: PruningPlan, layout: VisualLayout, inputs_embeds:
     """inputs_embeds (B, n, d), no padding → last hidden state (B, n, d) of a Llama model's
     stack.
     """
-    if (plan.head_mass, plan.cut_mass) != ("exact", "exact") or not plan.prune_visual_queries:
-        raise ValueError("the released code knows exact/exact mass with pruned visual queries only")
+    if (plan.head_mass, plan.cut_mass) != ("exact", "exact") or not can_simulate(plan):
+        raise ValueError(
+            "the released code knows exact/exact mass with pruned visual queries only, and one "
+            "window and one number of neurons for all layers"
+        )
     batch, n, _ = inputs_embeds.shape
     device = inputs_embeds.device
     heads = model.config.num_attention_heads
@@ -33,7 +36,7 @@ def simulate(model: Any, plan: PruningPlan, layout: VisualLayout, inputs_embeds:
     sees = _sees(layout, plan).to(device)[:, None]  # (B, 1, n, n)
     bias = torch.zeros_like(sees, dtype=inputs_embeds.dtype).masked_fill(~sees, -torch.inf)
     cos, sin = rope(model, inputs_embeds, torch.arange(n, device=device).expand(batch, -1), n)
-    neurons = plan.ffn_neurons(model.config.intermediate_size)
+    neurons = plan.ffn_neurons(model.config.intermediate_size)[0]
     rows = inputs_embeds
     for index, layer in enumerate(model.layers):
         attn, x = layer.self_attn, layer.input_layernorm(rows)
@@ -61,14 +64,22 @@ def simulate(model: Any, plan: PruningPlan, layout: VisualLayout, inputs_embeds:
     return model.norm(rows)
 
 
+def can_simulate(plan: PruningPlan) -> bool:
+    """Whether the released code could compute the plan, were its masses exact."""
+    per_layer = (plan.window, plan.ffn, plan.visual_attention)
+    same = not any(isinstance(value, tuple) for value in per_layer)
+    return same and plan.visual_attention is True and plan.prune_visual_queries
+
+
 def _sees(layout: VisualLayout, plan: PruningPlan) -> Tensor:
     """(B, n, n) bool: which key each query may see."""
     n = layout.visual.shape[1]
     causal = torch.ones(n, n, dtype=torch.bool).tril()
-    if plan.window is None:
+    window = plan.windows[0]
+    if window is None:
         return causal.expand(layout.visual.shape[0], -1, -1)
     both = layout.visual[:, :, None] & layout.visual[:, None, :]
     near = both & (layout.image[:, :, None] == layout.image[:, None, :])
     for axis in (layout.row, layout.col):
-        near &= (axis[:, :, None] - axis[:, None, :]).abs() <= (plan.window - 1) // 2
+        near &= (axis[:, :, None] - axis[:, None, :]).abs() <= (window - 1) // 2
     return torch.where(both, near & causal if plan.window_causal else near, causal)

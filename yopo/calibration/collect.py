@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from yopo.calibration.sample_statistics import Statistics, digest_of, fingerprint
 from yopo.engine import forward as engine
-from yopo.engine.layer import Shared
+from yopo.engine.layer import LayerCall, Shared, Stores
 from yopo.engine.layer_plan import SEEN, LayerPlans
 from yopo.engine.layout import VisualLayout
 from yopo.engine.visual_cache import HeadStore, VisualCache
@@ -196,9 +196,10 @@ class _Watch:
         self._text_rows.append(args[0])
 
     def _attention(
-        self, shared: Shared, q: Tensor, visual_q: Tensor, stores: tuple[HeadStore, HeadStore]
+        self, call: LayerCall, still: Tensor, q: Tensor, visual_q: Tensor, stores: Stores
     ) -> None:
         """q (T, H, D), visual_q (V, H, D); all keys are in the first store, visual ones first."""
+        shared = call.shared
         index, scale = shared.index, shared.scale
         if index.text.batch != 1:
             raise ValueError(
@@ -256,12 +257,12 @@ class _Watch:
             yield self._decoder.norm(rows[:, -1:])[0, -1]
 
 
-def _blocks(queries: int, scores_each: int) -> Iterable[slice]:
+def blocks(queries: int, scores_each: int) -> Iterable[slice]:
     step = max(1, BLOCK // scores_each)
     return (slice(start, start + step) for start in range(0, queries, step))
 
 
-def _scores(q: Tensor, at: Tensor, keys: Tensor, keys_at: Tensor, scale: float) -> Tensor:
+def scores_of(q: Tensor, at: Tensor, keys: Tensor, keys_at: Tensor, scale: float) -> Tensor:
     """(H, Q, K) float32 scores of q (Q, H, D) with keys (KV, K, D), -inf where a key comes later;
     at (Q,), keys_at (K,): places in the sequence."""
     q = q.transpose(0, 1).float().unflatten(0, (keys.shape[0], -1))  # (KV, H / KV, Q, D)
@@ -273,10 +274,10 @@ def shares(
     q: Tensor, at: Tensor, keys: Tensor, keys_at: Tensor, n_visual: int, scale: float
 ) -> Tensor:
     """(2, H, Q) the shares of each query's softmax on visual keys, the first `n_visual`, and on
-    text keys; arguments as of `_scores`. Both, as the lesser one is lost in 1 - the greater."""
+    text keys; arguments as of `scores_of`. Both, as the lesser one is lost in 1 - the greater."""
     found = []
-    for block in _blocks(len(q), q.shape[1] * keys.shape[1]):
-        scores = _scores(q[block], at[block], keys, keys_at, scale)
+    for block in blocks(len(q), q.shape[1] * keys.shape[1]):
+        scores = scores_of(q[block], at[block], keys, keys_at, scale)
         parts = scores.tensor_split([n_visual], dim=-1)
         sums = torch.stack([part.logsumexp(-1) for part in parts])
         found.append((sums - sums.logsumexp(0)).exp())
@@ -287,8 +288,8 @@ def _text_outputs(q: Tensor, at: Tensor, store: HeadStore, text_at: Tensor, scal
     """(H, Q, D) what the heads give text queries that see text alone."""
     keys, values = store.text_keys[0], store.text_values[0].float()
     outs = []
-    for block in _blocks(len(q), q.shape[1] * keys.shape[1]):
-        shares = _scores(q[block], at[block], keys, text_at, scale).softmax(-1)
+    for block in blocks(len(q), q.shape[1] * keys.shape[1]):
+        shares = scores_of(q[block], at[block], keys, text_at, scale).softmax(-1)
         shares = shares.unflatten(0, (keys.shape[0], -1))
         outs.append((shares @ values[:, None]).flatten(0, 1))
     return torch.cat(outs, dim=1)

@@ -24,7 +24,7 @@ from yopo.prompts.sample import ANSWER, Sample, prompt_of, with_answer
 
 @dataclass(frozen=True)
 class Reference:
-    """What the dense model makes of one sample.
+    """What the dense model, or one under a plan to compare with, makes of one sample.
 
     inputs: the prompt and, behind it, the answer without its last token.
     answer: (1, m) ids. log_probabilities: (m, V) float32, of the token at each place of the answer.
@@ -48,12 +48,15 @@ class Change(NamedTuple):
 
 @torch.no_grad()
 def references(
-    model: nn.Module, samples: Iterable[Sample], answer_tokens: int = 16
+    model: nn.Module,
+    samples: Iterable[Sample],
+    answer_tokens: int = 16,
+    plan: PruningPlan | None = None,
 ) -> list[Reference]:
-    """The dense `model` (whatever its plan) on `samples`; where a sample has no answer, at most
-    `answer_tokens` greedy tokens are."""
+    """The dense `model` (whatever its plan), or the model under `plan`, on `samples`; where one has
+    no answer, at most `answer_tokens` greedy tokens are."""
     made = []
-    with under(model, None):
+    with under(model, plan):
         for index, sample in enumerate(samples):
             inputs = prompt_of(sample)
             answer = sample.get(ANSWER)
@@ -66,6 +69,11 @@ def references(
             longer = with_answer(model, inputs, answer[:, :-1])
             out = model(**longer, use_cache=True)
             dense = out.logits[0, -answer.shape[1] :].float().log_softmax(-1)
+            if not bool(dense.isfinite().all()):
+                raise ValueError(
+                    f"sample {index} (the first is 0): the model's logits are not finite. Look at "
+                    "its weights and dtype (float16 overflows in some models: try bfloat16)"
+                )
             if not isinstance(out.past_key_values, VisualCache):
                 raise ValueError(
                     f"sample {index} (the first is 0) shows no image: calibrating takes prompts "

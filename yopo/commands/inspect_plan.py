@@ -1,5 +1,5 @@
 """`python -m yopo inspect CHECKPOINT`: says in words what a checkpoint's plan prunes and what that
-saves; draws it with --png. Only config.json (and the head mask that it names) is read.
+saves; draws it with --png. Only config.json (and the head mask or sinks that it names) is read.
 
 Holds the command and its words; the numbers are put together in counts.py, drawn in inspect_png.py.
 """
@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import textwrap
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,14 @@ _MASS = {
     "exact": "the visual keys keep their share of the softmax and give nothing for it, as the "
     "released code computes it; so these keys are still computed and cached",
     "drop": "the visual keys leave the softmax; nothing of them is computed or cached",
-    "calibrated": "the visual keys leave the softmax, and what is left is scaled by a constant for "
-    "each head, measured once; nothing of them is computed or cached",
+    "sink": "one predicted logit of each head, fitted once, takes the visual keys' share of the "
+    "softmax; nothing of them is computed or cached",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("checkpoint", help="folder; only its config.json is read")
+    parser.add_argument("checkpoint", help="folder; config.json is read, no weights")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw heads and FLOPs of layers")
     add_prompt_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
@@ -106,6 +107,12 @@ def words(checkpoint: Checkpoint, setting: Setting) -> dict[str, str]:
         "FFN": _ffn(plan, setting.shape.intermediate_size),
         "Layer cut": _cut(plan),
     }
+    idle = [layer for layer, attends in enumerate(plan.visual_attends) if not attends]
+    if idle:
+        said["Attention"] = (
+            f"in {_ranges(idle)} visual tokens do not attend: they have no queries there, and keys "
+            "and values only for the heads that read them"
+        )
     pruned_below = not bool(plan.head_keep[: plan.layer_cut].all())
     cut = plan.layer_cut < plan.num_layers
     if pruned_below and cut and plan.head_mass == plan.cut_mass:
@@ -167,23 +174,40 @@ def _ranges(layers: list[int]) -> str:
     return ", ".join(_layers(part[0], part[-1]) for part in parts)
 
 
-def _window(plan: PruningPlan) -> str:
-    if plan.window is None:
-        return "none: a visual token sees the visual tokens before it, as in the dense model"
-    reach = (plan.window - 1) // 2
-    ways = "those before it only" if plan.window_causal else "before and after it"
-    side = 2 * reach + 1
-    return (
-        f"{plan.window}: a visual token sees the text before it and, of visual tokens, the "
-        f"{side} × {side} around it on its own image ({ways})"
+def _of_layers(values: tuple[Any, ...], words: Callable[[Any], str]) -> str:
+    """What `words` says of a value; of several, each with the layers that have it."""
+    if len(set(values)) == 1:
+        return words(values[0])
+    return "; ".join(
+        f"in {_ranges([layer for layer, one in enumerate(values) if one == value])} {words(value)}"
+        for value in dict.fromkeys(values)
     )
 
 
+def _window(plan: PruningPlan) -> str:
+    ways = "those before it only" if plan.window_causal else "before and after it"
+
+    def words(window: int | None) -> str:
+        if window is None:
+            return "none: a visual token sees the visual tokens before it, as in the dense model"
+        side = 2 * ((window - 1) // 2) + 1
+        return (
+            f"{window}: a visual token sees the text before it and, of visual tokens, the "
+            f"{side} × {side} around it on its own image ({ways})"
+        )
+
+    return _of_layers(plan.windows, words)
+
+
 def _ffn(plan: PruningPlan, size: int) -> str:
-    neurons = plan.ffn_neurons(size)
-    if neurons == size:
-        return f"visual tokens use all {size} neurons, as text does"
-    return f"visual tokens use the first {neurons} of {size} neurons in every layer, text all"
+    def words(neurons: int) -> str:
+        if neurons == size:
+            return f"visual tokens use all {size} neurons, as text does"
+        if not neurons:
+            return f"visual tokens do not pass it, text uses all {size} neurons"
+        return f"visual tokens use the first {neurons} of {size} neurons, text all"
+
+    return _of_layers(plan.ffn_neurons(size), words)
 
 
 def _cut(plan: PruningPlan) -> str:

@@ -17,6 +17,7 @@ from yopo.counting.setting import ITEMSIZE, Setting
 from yopo.errors import BadInput
 from yopo.plan import recipes
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.plan.sinks import Sinks
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +50,7 @@ def checkpoint_setting(
             f"vision_config, mm_vision_tower {checkpoint.config.get('mm_vision_tower')!r}): give "
             "--grid ROWSxCOLUMNS"
         )
-    plan = _with_masses(plan, mass)
+    plan = _with_masses(plan, mass, checkpoint.shape.head_dim)
     prompt = prompt_of(args, grids)
     name = str(checkpoint.folder)
     shape = replace(checkpoint.shape, grid=grids[0])
@@ -67,7 +68,7 @@ def preset_setting(
     except (ValueError, OSError) as error:
         raise BadInput(str(error)) from error
     prompt = prompt_of(args, grids_of(args.grid, shape.grid))
-    plan = _with_masses(plan, mass)
+    plan = _with_masses(plan, mass, shape.head_dim)
     return Setting(preset, shape, plan, plan_name, prompt, args.batch, args.dtype)
 
 
@@ -92,15 +93,18 @@ def _plan(name: str, shape: Shape, whole: int | None = None) -> PruningPlan | No
     return plan
 
 
-def _with_masses(plan: PruningPlan | None, mass: str | None) -> PruningPlan | None:
-    """`plan` with the masses HEAD[/CUT], with its own where none are given. Constants of calibrated
-    mass that it lacks are 1, which costs the same as any others."""
+def _with_masses(plan: PruningPlan | None, mass: str | None, head_dim: int) -> PruningPlan | None:
+    """`plan` with the masses HEAD[/CUT], with its own where none are given. Sinks that it lacks are
+    0, which costs the same as any others."""
     if mass is None:
         return plan
     if plan is None:
         raise BadInput(f"--mass is {mass!r}, but there is no plan: leave it out, or name a --plan")
     try:
-        return plan.with_mass(mass, text_mass=torch.ones(plan.head_keep.shape), name="--mass")
+        if plan.sinks is None and "sink" in mass:
+            shape = plan.head_keep.shape
+            plan = replace(plan, sinks=Sinks(torch.zeros(shape), torch.zeros(*shape, head_dim)))
+        return plan.with_mass(mass, name="--mass")
     except ValueError as error:
         raise BadInput(str(error)) from error
 

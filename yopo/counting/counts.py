@@ -21,8 +21,8 @@ from yopo.plan.pruning_plan import PruningPlan
 
 PAPER = (
     "visual tokens only, per layer 2(4nd² + 2n²d + 3ndm); under a plan the share of kept heads on "
-    "both attention terms, 1/r of the FFN, nothing from the layer cut on; the window, the text and "
-    "the mass modes are not counted"
+    "both attention terms, of neurons in the FFN, nothing from the layer cut on; the window, the "
+    "text and the mass modes are not counted"
 )
 
 
@@ -41,8 +41,7 @@ class _Arm:
         shape, prompt = setting.shape, setting.prompt
         layout = prompt.layout(setting.batch)
         valid = torch.ones(layout.shape, dtype=torch.bool)
-        window = () if plan is None else (plan.window, plan.window_causal)
-        needed = {"prefill": useful(layout, valid, *window), "decode": useful_step(layout, valid)}
+        needed = {"prefill": useful(layout, valid, plan), "decode": useful_step(layout, valid)}
         if plan is None:
             done = {"prefill": stock(layout), "decode": stock_step(layout)}
         else:
@@ -140,6 +139,7 @@ def _reading(plan: PruningPlan, layer: int) -> int:
 
 def _described_plan(setting: Setting, plan: PruningPlan) -> dict[str, Any]:
     below = plan.head_keep[: plan.layer_cut]
+    neurons = plan.ffn_neurons(setting.shape.intermediate_size)
     return {
         "name": setting.plan_name or "the checkpoint's own",
         "summary": plan.summary(),
@@ -147,7 +147,8 @@ def _described_plan(setting: Setting, plan: PruningPlan) -> dict[str, Any]:
         "heads_below_cut": below.numel(),
         "layer_cut": plan.layer_cut,
         "window": plan.window,
-        "ffn_neurons": plan.ffn_neurons(setting.shape.intermediate_size),
+        "ffn_neurons": neurons[0] if len(set(neurons)) == 1 else neurons,
+        "visual_attention": plan.visual_attention,
         "head_mass": plan.head_mass,
         "cut_mass": plan.cut_mass,
     }

@@ -2,10 +2,11 @@
 only: nothing is run, loaded or printed.
 
 A multiply-add is two FLOPs; norms, softmax, rotation, the vision tower and its projector are left
-out. Which heads, rows and neurons a layer computes is read off the engine's own LayerPlan, so
-projections and FFN count what the engine executes, to the FLOP. Attention counts by the `Work` it
-is given (pairs.py): the (query, key) pairs that see each other, or those that the engine computes,
-which are more (it attends in bands, masked pairs included).
+out, and so is what a sink adds to the shapes of several queries' attention, a key and 8 features
+(text_attention.py); its logit is counted. Which heads, rows and neurons a layer computes is read
+off the engine's own LayerPlan, so projections and FFN count what the engine executes, to the FLOP.
+Attention counts by the `Work` it is given (pairs.py): the (query, key) pairs that see each other,
+or those that the engine computes, which are more (it attends in bands, masked pairs included).
 
 `paper_tflops` counts as the YOPO paper's tables do instead.
 """
@@ -82,7 +83,7 @@ def prefill_flops(
 ) -> list[LayerFlops]:
     """FLOPs of each layer of one prefill; `shape` has transformers' config names and head_dim."""
     layout = prompt.layout(batch)
-    work = useful(layout, _all(layout), *((plan.window, plan.window_causal) if plan else ()))
+    work = useful(layout, _all(layout), plan)
     return count(shape, plan, work)
 
 
@@ -108,12 +109,10 @@ def layer_plans_of(shape: Any, plan: PruningPlan | None) -> LayerPlans:
 
 def count(shape: Any, plan: PruningPlan | None, work: Work) -> list[LayerFlops]:
     """FLOPs of each layer in a pass of `work`."""
-    layers = layer_plans_of(shape, plan)
-    neurons = shape.intermediate_size if layers.neurons is None else layers.neurons
-    return [_layer(shape, layer, neurons, work) for layer in layers.plans]
+    return [_layer(shape, layer, work) for layer in layer_plans_of(shape, plan).plans]
 
 
-def _layer(shape: Any, layer: LayerPlan, neurons: int, work: Work) -> LayerFlops:
+def _layer(shape: Any, layer: LayerPlan, work: Work) -> LayerFlops:
     hidden, dim, heads = shape.hidden_size, shape.head_dim, shape.num_attention_heads
     weight = 2 * hidden * dim  # of one row with the weights of one head of q, k, v or o
     vector = 2 * dim  # of a query with a key, or of a probability with a value
@@ -125,21 +124,31 @@ def _layer(shape: Any, layer: LayerPlan, neurons: int, work: Work) -> LayerFlops
             n * products[group.sight] for n, group in zip(taking, groups, strict=True)
         )
 
-    rows = work.visual_rows if layer.runs_visual else 0
+    rows = work.visual_rows
+    of_visual = work.visual[layer.window if len(work.visual) > 1 else 0]
     queries = visual_queries(layer, heads)
+    has_b = layer.sink is not None and layer.sink.b is not None
+    logits = work.text_rows * heads * vector if has_b else 0
     return LayerFlops(
         text_projections=work.text_rows * weight * 2 * (heads + shape.num_key_value_heads),
-        text_attention=attention(layer.text, work.text),
+        text_attention=attention(layer.text, work.text) + logits,
         text_ffn=work.text_rows * neuron * shape.intermediate_size,
         visual_projections=rows * weight * (2 * queries + visual_vectors(layer)),
-        visual_attention=attention(layer.visual, work.visual),
-        visual_ffn=rows * neuron * neurons,
+        visual_attention=attention(layer.visual, of_visual),
+        visual_ffn=rows * neuron * visual_neurons(layer, shape),
     )
 
 
 def visual_queries(layer: LayerPlan, heads: int) -> int:
     """Heads of which a layer computes queries and outputs of visual rows."""
     return heads if layer.visual_heads is None else len(layer.visual_heads)
+
+
+def visual_neurons(layer: LayerPlan, shape: Any) -> int:
+    """FFN neurons that a layer computes of visual rows."""
+    if not layer.runs_visual:
+        return 0
+    return shape.intermediate_size if layer.neurons is None else layer.neurons
 
 
 def visual_vectors(layer: LayerPlan) -> int:
@@ -181,4 +190,7 @@ def paper_tflops(shape: Any, visual: int, plan: PruningPlan | None = None) -> fl
     if plan is None:
         return 2 * shape.num_hidden_layers * (attention + ffn) / 1e12
     kept = plan.head_keep[: plan.layer_cut].sum(1) / plan.num_heads
-    return 2 * sum(float(k) * attention + ffn / plan.ffn_ratio for k in kept) / 1e12
+    total = 0.0
+    for k, attends, used in zip(kept, plan.visual_attends, plan.ffn_neurons(m), strict=False):
+        total += float(k) * (attention if attends else 2 * n * d * d) + ffn * used / m
+    return 2 * total / 1e12

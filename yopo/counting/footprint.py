@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from yopo.counting.flops import layer_plans_of, visual_queries, visual_vectors
+from yopo.counting.flops import layer_plans_of, visual_neurons, visual_queries, visual_vectors
 from yopo.engine.visual_cache import GROWTH, SPARE
 from yopo.plan.pruning_plan import PruningPlan
 
@@ -70,11 +70,9 @@ def weight_bytes(shape: Any, plan: PruningPlan | None, itemsize: int = 2) -> Wei
     table = shape.vocab_size * shape.hidden_size
     total = layers + shape.hidden_size + table * (1 if shape.tied else 2)
     forward = layers + shape.hidden_size + table
-    plans = layer_plans_of(shape, plan)
-    neurons = shape.intermediate_size if plans.neurons is None else plans.neurons
     visual = 0
-    for layer in plans.plans:
-        if layer.runs_visual:
-            heads = 2 * visual_queries(layer, shape.num_attention_heads) + visual_vectors(layer)
-            visual += shape.hidden_size * (heads * shape.head_dim + 3 * neurons)
+    for layer in layer_plans_of(shape, plan).plans:
+        heads = 2 * visual_queries(layer, shape.num_attention_heads) + visual_vectors(layer)
+        neurons = visual_neurons(layer, shape)
+        visual += shape.hidden_size * (heads * shape.head_dim + 3 * neurons)
     return WeightBytes(total * itemsize, forward * itemsize, visual * itemsize)

@@ -14,9 +14,11 @@ from functools import lru_cache
 from torch import Tensor
 
 from yopo.engine.forward import packings, prepare
+from yopo.engine.layer_plan import windows
 from yopo.engine.layout import VisualLayout
+from yopo.engine.packing import Packing
 from yopo.engine.text_attention import Sight
-from yopo.engine.visual_attention import Blocks
+from yopo.engine.visual_attention import Blocks, ImageGroup
 from yopo.engine.visual_cache import VisualCache
 from yopo.plan.pruning_plan import PruningPlan
 
@@ -27,13 +29,14 @@ class Work:
 
     text_rows, visual_rows: rows that go through projections and FFN.
     text, visual: products of a head's vectors, query · key and probability · value together, of all
-        queries of that kind, for what they get from visual keys.
+        queries of that kind, for what they get from visual keys; visual ones for each of the plan's
+        windows (`LayerPlan.window`).
     """
 
     text_rows: int
     visual_rows: int
     text: Mapping[Sight, int]
-    visual: Mapping[Sight, int]
+    visual: tuple[Mapping[Sight, int], ...]
 
 
 def _products(own: int, visual: int) -> dict[Sight, int]:
@@ -41,41 +44,48 @@ def _products(own: int, visual: int) -> dict[Sight, int]:
     return {
         Sight.ALL: 2 * (own + visual),
         Sight.MASS: 2 * own + visual,  # a score each, but no value
+        Sight.SINK: 2 * own,  # and a logit, which flops.py counts
         Sight.NOTHING: 2 * own,
     }
 
 
-NO_ROWS = _products(0, 0)
+NO_ROWS = (_products(0, 0),)
 
 
-def useful(
-    layout: VisualLayout, valid: Tensor, window: int | None = None, window_causal: bool = False
-) -> Work:
+def useful(layout: VisualLayout, valid: Tensor, plan: PruningPlan | None = None) -> Work:
     """What a prefill must do: the pairs that see each other. valid (B, n) bool, False at padding.
 
     Without a window visual tokens see as text does, which is also what the dense model does.
     """
+    seen = [(None, False)] if plan is None else [(w, plan.window_causal) for w in windows(plan)]
     text, visual = (valid & ~layout.visual).long(), (valid & layout.visual).long()
     n_text, n_visual = text.sum(1), visual.sum(1)
     text_text = int((n_text * (n_text + 1)).sum()) // 2
     text_visual = int((text * visual.cumsum(1)).sum())
     visual_text = int((visual * text.cumsum(1)).sum())
-    if window is None:
-        visual_visual = int((n_visual * (n_visual + 1)).sum()) // 2
-    else:
-        reach = (window - 1) // 2
-        visual_visual = 0
-        for b, grids in enumerate(layout.grids):
-            numbers = layout.image[b, valid[b] & layout.visual[b]]
-            for number, cells in zip(*numbers.unique(return_counts=True), strict=True):
-                pairs = _near_pairs(grids[int(number)][1], int(cells), reach)
-                visual_visual += (pairs + int(cells)) // 2 if window_causal else pairs
     return Work(
         text_rows=int(n_text.sum()),
         visual_rows=int(n_visual.sum()),
         text=_products(text_text, text_visual),
-        visual=_products(visual_text, visual_visual),
+        visual=tuple(
+            _products(visual_text, _visual_pairs(layout, valid, window, causal))
+            for window, causal in seen
+        ),
     )
+
+
+def _visual_pairs(layout: VisualLayout, valid: Tensor, window: int | None, causal: bool) -> int:
+    """Pairs of visual tokens that see each other."""
+    if window is None:
+        n_visual = (valid & layout.visual).long().sum(1)
+        return int((n_visual * (n_visual + 1)).sum()) // 2
+    total = 0
+    for b, grids in enumerate(layout.grids):
+        numbers = layout.image[b, valid[b] & layout.visual[b]]
+        for number, cells in zip(*numbers.unique(return_counts=True), strict=True):
+            pairs = _near_pairs(grids[int(number)][1], int(cells), (window - 1) // 2)
+            total += (pairs + int(cells)) // 2 if causal else pairs
+    return total
 
 
 def _near_pairs(cols: int, cells: int, reach: int) -> int:
@@ -108,12 +118,19 @@ def executed(layout: VisualLayout, valid: Tensor, plan: PruningPlan) -> Work:
     batch = valid.shape[0]
     cache = VisualCache.adopt(None, plan, batch, valid[:, :0], [])  # its places, no keys or values
     index = prepare(layout, valid, cache, plan)
-    text, visual, sight = index.text, index.visual, index.visual_sight
-    n_visual = visual.width
+    text, visual = index.text, index.visual
     pairs = batch * text.width
-    mass_text = _products(pairs * text.width, pairs * n_visual)
+    mass_text = _products(pairs * text.width, pairs * visual.width)
     if text.width > 1:  # several queries at once: their values are padded with zeros
         mass_text[Sight.MASS] = mass_text[Sight.ALL]
+    of_visual = (_executed_visual(text, visual, sight) for sight in index.visual_sight)
+    return Work(len(text), len(visual), mass_text, tuple(of_visual) or NO_ROWS)
+
+
+def _executed_visual(
+    text: Packing, visual: Packing, sight: tuple[ImageGroup, ...] | Blocks
+) -> dict[Sight, int]:
+    batch, n_visual = visual.batch, visual.width
     own = others = valueless = 0
     if isinstance(sight, Blocks):
         for queries, _, _ in sight.blocks:
@@ -129,14 +146,15 @@ def executed(layout: VisualLayout, valid: Tensor, plan: PruningPlan) -> Work:
                 others += count * (band.keys.stop - band.keys.start)
     mass_visual = _products(own, others)
     mass_visual[Sight.MASS] = mass_visual[Sight.ALL] - valueless
-    return Work(len(text), len(visual), mass_text, mass_visual)
+    return mass_visual
 
 
 def executed_step(layout: VisualLayout, valid: Tensor) -> Work:
     """What the engine computes in the decode step after it: a query against every slot."""
     batch = valid.shape[0]
     text, visual = packings(layout, valid, 0)
-    return Work(batch, 0, _products(batch * (text.width + 1), batch * visual.width), NO_ROWS)
+    products = _products(batch * (text.width + 1), batch * visual.width)
+    return Work(batch, 0, products, NO_ROWS)
 
 
 def stock(layout: VisualLayout) -> Work:
@@ -145,7 +163,7 @@ def stock(layout: VisualLayout) -> Work:
     batch, n = layout.shape
     visual = int(layout.visual.sum())
     text = batch * n - visual
-    return Work(text, visual, {Sight.ALL: 2 * text * n}, {Sight.ALL: 2 * visual * n})
+    return Work(text, visual, {Sight.ALL: 2 * text * n}, ({Sight.ALL: 2 * visual * n},))
 
 
 def stock_step(layout: VisualLayout) -> Work:

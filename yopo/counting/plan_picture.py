@@ -59,7 +59,8 @@ def _head_map(axes: Axes, plan: PruningPlan) -> None:
     cells = np.where(keep, 0, 1)
     cells[plan.layer_cut :] = 2
     if plan.cut_mass == "exact":  # visual rows go on there, in the heads that the mask keeps
-        cells[plan.layer_cut :] += keep[plan.layer_cut :]
+        attends = np.array(plan.visual_attends)[:, None]
+        cells[plan.layer_cut :] += (keep & attends)[plan.layer_cut :]
     edges = [np.arange(n + 1) - 0.5 for n in (plan.num_heads, plan.num_layers)]
     axes.pcolormesh(
         *edges,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from yopo.engine.layer import LayerCall, Pass, Shared
-from yopo.engine.layer_plan import LayerPlans
+from yopo.engine.layer_plan import LayerPlans, windows
 from yopo.engine.layout import VisualLayout
 from yopo.engine.packing import Packing, to_device
 from yopo.engine.text_attention import TextSight
@@ -24,8 +24,8 @@ from yopo.engine.visual_cache import VisualCache
 from yopo.plan.pruning_plan import PruningPlan
 
 # Who looks on at the attention of each layer with an image (calibration/collect.py): it is given
-# the Shared, the rotated queries of text and of visual rows, and the layer's two stores. Nobody:
-# None.
+# the LayerCall, the queries of text rows before their rotation and after it, the rotated ones of
+# visual rows, and the layer's two stores. Nobody: None.
 OBSERVER: ContextVar[Callable[..., None] | None] = ContextVar("yopo_observer", default=None)
 
 CallLayer = Callable[[nn.Module, Tensor, LayerCall], Tensor]
@@ -38,14 +38,18 @@ def prepare(layout: VisualLayout, valid: Tensor, cache: VisualCache, plan: Pruni
     """
     text, visual = packings(layout, valid, cache.length)
     cache.extend(layout, valid, text.order, visual.order)
-    sight: tuple[ImageGroup, ...] | Blocks = ()
+    sight: tuple[tuple[ImageGroup, ...] | Blocks, ...] = ()
     if len(visual):
-        sight = visual_sight(layout, visual, cache, valid, plan.window, plan.window_causal)
+        sight = tuple(
+            visual_sight(layout, visual, cache, valid, window, plan.window_causal)
+            for window in windows(plan)
+        )
+    sinks = plan.sinks if "sink" in (plan.head_mass, plan.cut_mass) else None
     return Pass(
         text=text,
         visual=visual,
         rows=torch.cat([text.rows, visual.rows]),
-        text_sight=TextSight.build(text, cache, valid),
+        text_sight=TextSight.build(text, cache, valid, sinks),
         visual_sight=sight,
     )
 
@@ -91,46 +95,57 @@ def run(
     index: what `prepare` made of it. cos, sin: (B, n, D). cache: filled.
     """
     shape = inputs_embeds.shape
+    shared = _shared(plans, index, cos, sin, how)
+    rows = inputs_embeds.flatten(0, 1)[index.rows.to(inputs_embeds.device)]
+    text, visual = rows.tensor_split([len(index.text)])
+    both: Tensor | None = rows  # text and visual; None once text went on alone
+
+    def merge() -> Tensor:
+        every = both
+        if every is None:
+            every = torch.cat([text, visual.to(text.device)]) if len(visual) else text
+        merged = every.new_zeros(shape[0] * shape[1], every.shape[1])
+        return merged.index_copy(0, index.rows.to(every.device), every).unflatten(0, shape[:2])
+
+    here: tuple[Shared, torch.device] | None = None
+    for number, (layer, stores) in enumerate(zip(layers, cache.stores, strict=True)):
+        device = execution_device(layer, text.device)
+        plan = plans.on(number, device)
+        if how.hidden_states is not None:
+            how.hidden_states.append(merge())
+        if here is None or here[1] != device:
+            here = to_device(shared, device), device
+        before, into = stores, None
+        if not shared.in_place:
+            before = stores[0].fork(), stores[1].fork()
+            into = stores if how.keep_cache else None
+        call = LayerCall(plan, here[0], before, into)
+        if not plan.takes_visual or not len(visual):
+            text, both = how.call(layer, text.to(device), call), None
+            continue
+        rows = torch.cat([text, visual.to(text.device)]) if both is None else both
+        out = how.call(layer, rows.to(device), call)
+        if call.changes_visual:
+            both, (text, visual) = out, out.tensor_split([len(index.text)])
+        else:
+            both, text = None, out
+    cache.filling = False
+    return merge()
+
+
+def _shared(plans: LayerPlans, index: Pass, cos: Tensor, sin: Tensor, how: Run) -> Shared:
     angles = index.rows.to(cos.device)
-    in_place = how.keep_cache and not torch.is_grad_enabled()
-    shared = Shared(
+    return Shared(
         index=index,
         cos=cos.flatten(0, 1)[angles].unsqueeze(1),
         sin=sin.flatten(0, 1)[angles].unsqueeze(1),
         head_dim=plans.head_dim,
         scale=plans.head_dim**-0.5,
         dropout=how.dropout,
-        neurons=plans.neurons,
         ffn_size=plans.ffn_size,
-        in_place=in_place,
+        in_place=how.keep_cache and not torch.is_grad_enabled(),
         observer=OBSERVER.get(),
     )
-    rows = inputs_embeds.flatten(0, 1)[index.rows.to(inputs_embeds.device)]
-    n_text = len(index.text)
-    stopped: Tensor | None = None  # visual rows that have come to their end
-
-    def merge() -> Tensor:
-        every = rows if stopped is None else torch.cat([rows, stopped.to(rows.device)])
-        merged = every.new_zeros(shape[0] * shape[1], every.shape[1])
-        return merged.index_copy(0, index.rows.to(every.device), every).unflatten(0, shape[:2])
-
-    here: tuple[Shared, torch.device] | None = None
-    for number, (layer, stores) in enumerate(zip(layers, cache.stores, strict=True)):
-        device = execution_device(layer, rows.device)
-        plan = plans.on(number, device)
-        if how.hidden_states is not None:
-            how.hidden_states.append(merge())
-        if stopped is None and not plan.runs_visual:
-            rows, stopped = rows[:n_text], rows[n_text:]
-        if here is None or here[1] != device:
-            here = to_device(shared, device), device
-        before, into = stores, None
-        if not in_place:
-            before = stores[0].fork(), stores[1].fork()
-            into = stores if how.keep_cache else None
-        rows = how.call(layer, rows.to(device), LayerCall(plan, here[0], before, into))
-    cache.filling = False
-    return merge()
 
 
 def execution_device(layer: nn.Module, default: torch.device) -> torch.device:

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yopo.engine.layer_plan import LayerPlan
+from yopo.engine.layer_plan import LayerPlan, SinkWeights
 from yopo.engine.packing import Packing
-from yopo.engine.text_attention import TextSight, text_attention
+from yopo.engine.text_attention import Sight, TextSight, text_attention
 from yopo.engine.visual_attention import Blocks, ImageGroup, visual_attention
 from yopo.engine.visual_cache import HeadStore
 from yopo.engine.weights import (
     Attention,
-    Linear,
     project_from_heads,
     project_to_heads,
     to_heads,
@@ -36,15 +35,15 @@ class Pass:
 
     text, visual: packings of its rows. rows: (Nt + Nv,) int64, their places in the flattened
     (B·n) batch, text first.
-    text_sight, visual_sight: see text_attention.py and visual_attention.py; visual_sight is ()
-        where no row is visual.
+    text_sight, visual_sight: see text_attention.py and visual_attention.py; visual_sight has one
+        for each of the plan's `windows`, none where no row is visual.
     """
 
     text: Packing
     visual: Packing
     rows: Tensor
     text_sight: TextSight
-    visual_sight: tuple[ImageGroup, ...] | Blocks
+    visual_sight: tuple[tuple[ImageGroup, ...] | Blocks, ...]
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,6 @@ class Shared:
     """What the layers of one forward share, on one device.
 
     cos, sin: (Nt + Nv, 1, D), text rows first.
-    neurons: of the FFN's `ffn_size` that visual rows use; None: all.
     in_place: the stores are the cache's own, with room for later tokens; else each layer fills
         copies, so that it can be run again (gradients, checkpointing).
     observer: see forward.OBSERVER.
@@ -64,7 +62,6 @@ class Shared:
     head_dim: int
     scale: float
     dropout: float
-    neurons: int | None
     ffn_size: int
     in_place: bool
     observer: Callable[..., None] | None = None
@@ -94,12 +91,14 @@ class LayerCall:
 
     @property
     def slices_ffn(self) -> bool:
-        """Whether some rows use a part of the FFN only."""
-        return self.shared.neurons is not None and self.visual_rows
+        """Whether some rows use a part of the FFN only; those that use nothing are not given."""
+        return bool(self.plan.neurons) and self.changes_visual
 
     @property
-    def visual_rows(self) -> bool:
-        return self.plan.runs_visual and len(self.shared.index.visual) > 0
+    def changes_visual(self) -> bool:
+        """Whether there are visual rows that leave the layer other than they came; else the layer
+        gives back text rows alone."""
+        return self.plan.changes_visual and len(self.shared.index.visual) > 0
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -116,7 +115,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend_layer(attn: Attention, x: Tensor, call: LayerCall) -> Tensor:
-    """Self-attention on normed rows x (N, d), text first → (N, d). Fills the stores."""
+    """Self-attention on normed rows x (N, d), text first → (N, d), or of text rows alone where the
+    plan has visual rows not attend. Fills the stores."""
     plan, shared = call.plan, call.shared
     n_text, head_dim = len(shared.index.text), shared.head_dim
     n_q, n_kv = plan.heads, sum(map(len, plan.kv))
@@ -125,12 +125,7 @@ def attend_layer(attn: Attention, x: Tensor, call: LayerCall) -> Tensor:
     if not shared.in_place:
         stores = stores[0].fork(), stores[1].fork()
 
-    def turned(linear: Linear, heads: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-        """Rotated text rows of all heads, `count` many, and visual rows of `heads`."""
-        if heads is None:
-            every = rotate(to_heads(linear(x), count, head_dim), cos, sin)
-            return every[:n_text], every[n_text:]
-        text, visual = project_to_heads(linear, x, n_text, heads, count, head_dim)
+    def turned(text: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
         return rotate(text, cos[:n_text], sin[:n_text]), rotate(visual, cos[n_text:], sin[n_text:])
 
     sliced = n_text < len(x)
@@ -139,23 +134,27 @@ def attend_layer(attn: Attention, x: Tensor, call: LayerCall) -> Tensor:
     visual_k: Tensor | None
     visual_v: Tensor | None
     if sliced:
-        q, visual_q = turned(q_proj, plan.visual_heads, n_q)
-        k, visual_k = turned(k_proj, plan.visual_key_heads, n_kv)
+        q, visual_q = project_to_heads(q_proj, x, n_text, plan.visual_heads, n_q, head_dim)
+        k, visual_k = project_to_heads(k_proj, x, n_text, plan.visual_key_heads, n_kv, head_dim)
         v, visual_v = project_to_heads(v_proj, x, n_text, plan.visual_value_heads, n_kv, head_dim)
+        logits, still = _sink_logits(q, plan.sink, shared.index), q
+        q, visual_q = turned(q, visual_q)
+        k, visual_k = turned(k, visual_k)
     else:
-        both = [to_heads(q_proj(x), n_q, head_dim), to_heads(k_proj(x), n_kv, head_dim)]
-        q, k = rotate(torch.cat(both, dim=1), cos, sin).split([n_q, n_kv], dim=1)
+        q, k = to_heads(q_proj(x), n_q, head_dim), to_heads(k_proj(x), n_kv, head_dim)
+        logits = _sink_logits(q, plan.sink, shared.index)
+        q, k = rotate(torch.cat([q, k], dim=1), cos, sin).split([n_q, n_kv], dim=1)
         v = to_heads(v_proj(x), n_kv, head_dim)
         visual_q = visual_k = visual_v = None
     _fill(stores, plan, shared.index, (k, v), (visual_k, visual_v), shared.in_place)
     if call.into is not None:
         for mine, of_cache in zip(stores, call.into, strict=True):
             of_cache.take(mine)
-    out = _text_queries(q, plan, shared, stores) if n_text else q
+    out = _text_queries(q, logits, plan, shared, stores) if n_text else q
     if visual_q is not None:
         if shared.observer is not None:
-            shared.observer(shared, q, visual_q, stores)
-        visual_q = _visual_queries(visual_q, plan, shared, stores)
+            shared.observer(call, still, q, visual_q, stores)
+        visual_q = _visual_queries(visual_q, plan, shared, stores) if plan.attends_visual else None
     return project_from_heads(attn.o_proj, out, visual_q, plan.visual_heads)
 
 
@@ -189,18 +188,31 @@ def _fill(
         store.append(k, v, visual_k, visual_v, spare=in_place)
 
 
-def _text_queries(q: Tensor, plan: LayerPlan, shared: Shared, stores: Stores) -> Tensor:
-    """Text queries q (Nt, H, D) of all heads → (Nt, H, D)."""
+def _sink_logits(q: Tensor, sink: SinkWeights | None, index: Pass) -> Tensor | None:
+    """The sinks' logits (B, H, W, 1) float32 of text queries q (Nt, H, D) before their rotation."""
+    shift = index.text_sight.sink_shift
+    if sink is None or shift is None or not len(q):
+        return None
+    logits = sink.a.expand(-1, len(q), 1)  # (H, Nt, 1)
+    if sink.b is not None:
+        logits = torch.baddbmm(sink.a, q.transpose(0, 1).to(sink.b.dtype), sink.b)
+    return index.text.pad(logits.transpose(0, 1)) + shift
+
+
+def _text_queries(
+    q: Tensor, logits: Tensor | None, plan: LayerPlan, shared: Shared, stores: Stores
+) -> Tensor:
+    """Text queries q (Nt, H, D) of all heads → (Nt, H, D); logits: of sinks (B, H, W, 1)."""
     outs, index = [], shared.index
     for group in plan.text:
         mine = index.text.pad(q if group.q is None else q.index_select(1, group.q))
-        store = stores[group.store]
+        sink = None
+        if group.sight is Sight.SINK and logits is not None:
+            sink = logits if group.q is None else logits.index_select(1, group.q)
+        sight, store = index.text_sight, stores[group.store]
         out = text_attention(
-            mine, store, group.kv, group.sight, index.text_sight, shared.scale, shared.dropout
+            mine, store, group.kv, group.sight, sight, shared.scale, shared.dropout, sink
         )
-        if group.text_mass is not None:
-            mass = group.text_mass[:, None, None].to(out.dtype)
-            out = torch.where(index.text_sight.image_before, out * mass, out)
         outs.append(index.text.unpad(out))
     if plan.text_order is None:
         return outs[0]
@@ -218,12 +230,10 @@ def _visual_queries(q: Tensor, plan: LayerPlan, shared: Shared, stores: Stores) 
             stores[group.store],
             group.kv,
             group.sight,
-            index.visual_sight,
+            index.visual_sight[plan.window],
             shared.scale,
             shared.dropout,
         )
-        if group.text_mass is not None:  # a visual query sees itself: an image is always before it
-            out = out * group.text_mass[:, None].to(out.dtype)
         outs.append(out)
         at += count
     return torch.cat(outs, dim=1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from yopo.engine.packing import to_device
 from yopo.engine.text_attention import Sight
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.plan.sinks import Sinks
 
 # The two stores of a layer: key/value heads that some text queries see visual tokens through, and
 # the others.
@@ -28,14 +29,21 @@ class HeadGroup:
     store: SEEN or BLIND, which keys and values they read.
     kv: (H',) their place among the store's key/value heads; None: one to one.
     sight: what they get from visual keys.
-    text_mass: (H',) constants m for queries with an image before them; None: 1.
     """
 
     q: Tensor | None
     store: int
     kv: Tensor | None
     sight: Sight
-    text_mass: Tensor | None
+
+
+@dataclass(frozen=True)
+class SinkWeights:
+    """What predicts the sinks' logits of all H heads of a layer: a (H, 1, 1), b (H, D, 1) or None
+    for 0."""
+
+    a: Tensor
+    b: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,11 @@ class LayerPlan:
     visual_heads: the query heads of `visual` in that order; None: all in order.
     visual_key_heads, visual_value_heads: the key/value heads of which visual rows have keys and
         values; None: all.
-    runs_visual: visual rows pass this layer.
+    runs_visual: visual rows are not done with before this layer.
+    attends_visual: visual rows go through attention (if with no head: its bias is added).
+    neurons: how many of the FFN's they use; None: all.
+    window: which of the plan's windows (`windows`) they see their neighbours in.
+    sink: of its blind heads; None: none has one.
     """
 
     heads: int
@@ -64,15 +76,32 @@ class LayerPlan:
     visual_key_heads: Tensor | None
     visual_value_heads: Tensor | None
     runs_visual: bool
+    attends_visual: bool
+    neurons: int | None
+    window: int
+    sink: SinkWeights | None
+
+    @property
+    def changes_visual(self) -> bool:
+        """Whether visual rows leave this layer other than they came."""
+        return self.runs_visual and (self.neurons != 0 or self.attends_visual)
+
+    @property
+    def takes_visual(self) -> bool:
+        """Whether this layer needs visual rows: to change them, or for keys that heads read."""
+        reads = any(
+            keys and len(kv) > 0 for keys, kv in zip(self.visual_keys, self.kv, strict=True)
+        )
+        return self.changes_visual or (self.runs_visual and reads)
 
     @classmethod
-    def build(cls, plan: PruningPlan, layer: int, kv_heads: int) -> LayerPlan:
+    def build(cls, plan: PruningPlan, layer: int, kv_heads: int, ffn_size: int) -> LayerPlan:
         per_kv = plan.num_heads // kv_heads
         keep = plan.head_keep[layer]
         below_cut = layer < plan.layer_cut
         seeing = keep if below_cut else torch.zeros_like(keep)
         mass = plan.head_mass if below_cut else plan.cut_mass
-        blind_sight = Sight.MASS if mass == "exact" else Sight.NOTHING
+        blind_sight = _SIGHTS[mass]
         # Of query heads that share keys and values (GQA) some may see and some be blind: then the
         # blind ones read the text in the store of the others, and none is held twice.
         shared = seeing.unflatten(0, (-1, per_kv)).any(1).repeat_interleave(per_kv)
@@ -90,21 +119,20 @@ class LayerPlan:
                     continue
                 place = torch.searchsorted(kv[store], q // per_kv)
                 straight = torch.equal(place, torch.arange(len(kv[store]), device="cpu"))
-                constants = None
-                if mass == "calibrated" and sight is not Sight.ALL:
-                    assert plan.text_mass is not None  # a calibrated plan has it: PruningPlan
-                    constants = plan.text_mass[layer][q]
                 every = None if len(q) == plan.num_heads else q
-                made.append(HeadGroup(every, store, None if straight else place, sight, constants))
+                made.append(HeadGroup(every, store, None if straight else place, sight))
             return tuple(made)
 
         text = groups(seeing, ~seeing)
         # Blind visual queries: kept heads past the cut; pruned ones too if these are not zero.
         blind = ~seeing & keep if plan.prune_visual_queries else ~seeing
         runs_visual = below_cut or plan.cut_mass == "exact"
-        visual = groups(seeing, blind) if runs_visual else ()
+        attends = runs_visual and plan.visual_attends[layer]
+        visual = groups(seeing, blind) if attends else ()
         whole = len(visual) == 1 and visual[0].q is None
         every_key = blind_sight is Sight.MASS
+        neurons = plan.ffn_neurons(ffn_size)[layer]
+        has_sink = blind_sight is Sight.SINK and not bool(seeing.all())
         values_of = None if len(kv[SEEN]) == kv_heads else kv[SEEN]
         return cls(
             heads=plan.num_heads,
@@ -119,7 +147,25 @@ class LayerPlan:
             visual_key_heads=None if every_key else values_of,
             visual_value_heads=values_of,
             runs_visual=runs_visual,
+            attends_visual=attends,
+            neurons=None if neurons == ffn_size else neurons,
+            window=windows(plan).index(plan.windows[layer]),
+            sink=sink_weights(plan.sinks, layer) if has_sink else None,
         )
+
+
+_SIGHTS = {"exact": Sight.MASS, "sink": Sight.SINK, "drop": Sight.NOTHING}
+
+
+def windows(plan: PruningPlan) -> tuple[int | None, ...]:
+    """The windows that the layers of a plan have, each once."""
+    return tuple(dict.fromkeys(plan.windows))
+
+
+def sink_weights(sinks: Sinks | None, layer: int) -> SinkWeights:
+    assert sinks is not None  # a plan whose mass is "sink" has them: PruningPlan
+    b = None if sinks.b is None else sinks.b[layer][:, :, None]
+    return SinkWeights(sinks.a[layer][:, None, None], b)
 
 
 def _kv_heads(query_heads: Tensor, per_kv: int) -> Tensor:
@@ -142,23 +188,22 @@ def head_sizes(config: Any) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class LayerPlans:
-    """A plan worked out for one model: each layer's part, how many FFN neurons visual rows use, and
-    what attention needs of the config."""
+    """A plan worked out for one model: each layer's part, and what is needed of the config."""
 
     plans: list[LayerPlan]
-    neurons: int | None  # None: all
     ffn_size: int
     head_dim: int
     dropout: float
 
     @classmethod
     def build(cls, config: Any, plan: PruningPlan) -> LayerPlans:
-        neurons = plan.ffn_neurons(config.intermediate_size)
+        size = config.intermediate_size
         _, kv_heads, head_dim = head_sizes(config)
         return cls(
-            plans=[LayerPlan.build(plan, layer, kv_heads) for layer in range(plan.num_layers)],
-            neurons=None if neurons == config.intermediate_size else neurons,
-            ffn_size=config.intermediate_size,
+            plans=[
+                LayerPlan.build(plan, layer, kv_heads, size) for layer in range(plan.num_layers)
+            ],
+            ffn_size=size,
             head_dim=head_dim,
             dropout=getattr(config, "attention_dropout", 0.0) or 0.0,
         )

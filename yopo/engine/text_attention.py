@@ -1,8 +1,8 @@
 """Softmax attention of text queries, and what both kinds of queries share: `attend` and `Sight`.
 
 Tensors in, tensors out; masks are built once per forward, on the CPU, and shared by all layers.
-Knows nothing of models, weights or a plan's head lists. Visual queries: neighbours.py. Formulas:
-YOPO (arXiv 2410.06169), section 3.
+Knows nothing of models, weights or a plan's head lists. Visual queries: visual_attention.py.
+Formulas: YOPO (arXiv 2410.06169), section 3.
 """
 
 from __future__ import annotations
@@ -16,19 +16,28 @@ from torch.nn import functional as F
 
 from yopo.engine.packing import Packing
 from yopo.engine.visual_cache import HeadStore, VisualCache
+from yopo.plan.sinks import Sinks
 
 
 class Sight(Enum):
     """What a query gets from the visual keys that it may see.
 
     ALL: a share of the softmax, and their values. MASS: a share of the softmax but no value
-    (`mass="exact"`: the released code zeroes probabilities after the softmax). NOTHING: they leave
-    the softmax ("drop", "calibrated").
+    (`mass="exact"`: the released code zeroes probabilities after the softmax). SINK: a share that
+    one predicted logit takes in their place ("sink"). NOTHING: they leave the softmax ("drop").
     """
 
     ALL = "all"
     MASS = "mass"
+    SINK = "sink"
     NOTHING = "nothing"
+
+    @property
+    def reads_keys(self) -> bool:
+        return self in (Sight.ALL, Sight.MASS)
+
+
+NO_SINK = -1e4  # the logit of a sink that takes no share: finite, as 0 * inf is not a number
 
 
 def attend(
@@ -39,24 +48,65 @@ def attend(
     scale: float,
     dropout: float = 0.0,
     causal: bool = False,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention; q (B, H, Q, D), k (B, H, S, D), v (B, H, S − V, D) → (B, H, Q, D).
 
     The first V keys have no value (`Sight.MASS`): they take their share of the softmax and give
     nothing. `mask` is bool, broadcast to (B, H, Q, S), True where a query sees a key. `causal`, in
     place of a mask: query i sees the keys up to i (which lets SDPA take its fastest kernels).
+    `sink` (B, H, Q, 1): the logit of one more key without a value, which every query sees.
     """
     valueless = k.shape[2] - v.shape[2]
-    if valueless and q.shape[2] == 1 and not dropout:
+    if (valueless or sink is not None) and q.shape[2] == 1 and not dropout:
         scores = ((q * scale) @ k.transpose(2, 3)).float()  # scaled first: float16 overflows
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
+        if sink is not None:
+            scores = torch.cat([sink, scores], dim=-1)
+            valueless += 1
         return scores.softmax(-1)[..., valueless:].to(v.dtype) @ v
+    if sink is not None:
+        return _attend_sink(q, k, v, mask, scale, dropout, causal, sink)
     if valueless:
         v = F.pad(v, (0, 0, valueless, 0))
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
     )
+
+
+def _attend_sink(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float,
+    causal: bool,
+    sink: Tensor,
+) -> Tensor:
+    """`attend` with a sink, by a key in front whose product with each query is that query's logit:
+    eight features more than the others have (kernels want multiples of eight), of which the first
+    two are the logit in queries, 1 / scale in the sink's key and 0 in the others. Two, as half
+    precision rounds a logit of 10 by up to 0.03: the second is what the first has rounded away.
+    So no mask with a head dimension, (B, H, Q, S), is held.
+    """
+    high = sink.to(q.dtype)
+    low = (sink - high).to(q.dtype)
+    q = torch.cat([q, high, low, q.new_zeros(1).expand(*q.shape[:3], 6)], dim=-1)
+    first = k.new_zeros(*k.shape[:2], 1, k.shape[3] + 8)
+    first[..., k.shape[3] : k.shape[3] + 2] = 1 / scale
+    k = torch.cat([first, F.pad(k, (0, 8))], dim=2)
+    dim = v.shape[3]
+    v = F.pad(v, (0, 8, 1, 0))
+    if causal:  # query i sees the keys up to i: one query more, in front, keeps it so
+        q = F.pad(q, (0, 0, 1, 0))
+    elif mask is not None:
+        mask = F.pad(mask, (1, 0), value=True)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
+    )
+    return out[:, :, int(causal) :, :dim]
 
 
 def heads(x: Tensor, index: Tensor | None) -> Tensor:
@@ -73,23 +123,32 @@ class TextSight:
     every: (B, 1, W, V + T) bool over visual then text slots; None: everything.
     text: (B, 1, W, T) bool over the text slots; None: everything, or with `causal` those up to
         its own.
-    image_before: (B, 1, W, 1) bool, True where a visual key comes before the query.
+    sink_shift: (B, 1, W, 1) float32, what is added to the sinks' logits: log of how many visual
+        tokens come before the query, over the number that they stand for; NO_SINK where none does.
+        None: the plan uses no sinks.
     """
 
     every: Tensor | None
     text: Tensor | None
     causal: bool
-    image_before: Tensor
+    sink_shift: Tensor | None
 
     @classmethod
-    def build(cls, text: Packing, cache: VisualCache, valid: Tensor) -> TextSight:
-        """`valid` (B, length) bool: which places of the whole sequence are no padding."""
+    def build(
+        cls, text: Packing, cache: VisualCache, valid: Tensor, sinks: Sinks | None = None
+    ) -> TextSight:
+        """`valid` (B, length) bool: which places of the whole sequence are no padding. sinks: those
+        that the plan uses."""
         order = torch.cat([cache.visual_order, cache.text_order], dim=1)  # (B, V + T)
         n_visual = cache.visual_order.shape[1]
         alive = (order >= 0) & valid.gather(1, order.clamp(min=0))
         mine = text.order[:, :, None]
         every = alive[:, None, :] & (order[:, None, :] <= mine)  # (B, W, V + T)
-        image_before = every[:, :, :n_visual].any(-1)[:, None, :, None]
+        shift = None
+        if sinks is not None:
+            before = every[:, None, :, :n_visual].sum(-1, keepdim=True).float()
+            share = before.clamp(max=1) if sinks.tokens is None else before / sinks.tokens
+            shift = share.log().clamp(min=NO_SINK)
         # Empty query slots see all: their output is dropped, but must not be NaN.
         every = (every | (mine < 0))[:, None]
         text_only = every[..., n_visual:]
@@ -101,7 +160,7 @@ class TextSight:
             None if bool(every.all()) else every,
             None if causal or bool(text_only.all()) else text_only.contiguous(),
             causal,
-            image_before,
+            shift,
         )
 
 
@@ -113,12 +172,15 @@ def text_attention(
     masks: TextSight,
     scale: float,
     dropout: float = 0.0,
+    sink: Tensor | None = None,
 ) -> Tensor:
-    """Text queries q (B, H, W, D) over one store → (B, H, W, D)."""
+    """Text queries q (B, H, W, D) over one store → (B, H, W, D); sink (B, H, W, 1): their logits
+    with `Sight.SINK`."""
     causal = False
-    if sight is Sight.NOTHING:
+    if not sight.reads_keys:
         k, v, mask, causal = store.text_keys, store.text_values, masks.text, masks.causal
     else:
         k, mask = store.keys, masks.every
         v = store.values if sight is Sight.ALL else store.text_values
-    return attend(q, heads(k, kv_index), heads(v, kv_index), mask, scale, dropout, causal)
+    k, v = heads(k, kv_index), heads(v, kv_index)
+    return attend(q, k, v, mask, scale, dropout, causal, sink)

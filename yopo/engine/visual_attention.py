@@ -237,7 +237,7 @@ def _attend_images(
         return heads(region, kv_index)
 
     text_k, text_v = text(store.text_keys), text(store.text_values)
-    if sight is not Sight.NOTHING:
+    if sight.reads_keys:
         cell_k = cells(store.keys, store.visual_keys)
     if sight is Sight.ALL:
         cell_v = cells(store.values, store.visual_values)
@@ -245,7 +245,7 @@ def _attend_images(
     for band in group.bands:
         mine = q[:, :, band.queries]
         mask = band.mask
-        if sight is Sight.NOTHING:
+        if not sight.reads_keys:
             outs.append(
                 _attend_text(
                     mine,
@@ -280,12 +280,12 @@ def _attend_blocks(
     q = visual.pad(q)  # (B, H, Vw, D)
     text_k, text_v = heads(store.text_keys, kv_index), heads(store.text_values, kv_index)
     n_text = text_k.shape[2]
-    k = text_k if sight is Sight.NOTHING else heads(store.keys, kv_index)
+    k = heads(store.keys, kv_index) if sight.reads_keys else text_k
     v = heads(store.values, kv_index) if sight is Sight.ALL else text_v
     outs = []
     for queries, mask, some_text in seen.blocks:
         mine = q[:, :, queries]
-        if sight is Sight.NOTHING:
+        if not sight.reads_keys:
             outs.append(_attend_text(mine, k, v, mask[..., -n_text:], some_text, scale, dropout))
         else:
             outs.append(attend(mine, k, v, mask, scale, dropout))

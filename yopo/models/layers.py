@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from yopo.engine.layer import LayerCall, attend_layer
@@ -56,19 +57,27 @@ class PrunedLayer(_Part):
         if pruned is None:
             return own_forward(self, PrunedLayer)(*args, **kwargs)
         rows = _rows(args, kwargs)
-        normed = self.input_layernorm(rows)
-        rows = rows + self.self_attn(hidden_states=normed, pruned=pruned)[0]
+        n_text = len(pruned.shared.index.text)
+        attended = self.self_attn(hidden_states=self.input_layernorm(rows), pruned=pruned)[0]
         if pruned.reached.by is not PrunedAttention:
             raise _not_reached(self.self_attn)
-        normed = self.post_attention_layernorm(rows)
+        rows = _add(rows if pruned.changes_visual else rows[:n_text], attended)
+        normed = self.post_attention_layernorm(rows[:n_text] if pruned.plan.neurons == 0 else rows)
         if pruned.slices_ffn:
-            rows = rows + self.mlp(normed, pruned=pruned)
+            rows = _add(rows, self.mlp(normed, pruned=pruned))
             if pruned.reached.by is not PrunedFFN:
                 raise _not_reached(self.mlp)
         else:
-            rows = rows + self.mlp(normed)
+            rows = _add(rows, self.mlp(normed))
         pruned.reached.by = PrunedLayer
         return (rows,) if self.yopo_returns_tuple else rows
+
+
+def _add(rows: Tensor, given: Tensor) -> Tensor:
+    """rows (N, d) with what attention or FFN gave them; or gave text rows alone, the first."""
+    if len(given) == len(rows):
+        return rows + given
+    return torch.cat([rows[: len(given)] + given, rows[len(given) :]])
 
 
 class PrunedAttention(_Part):
@@ -90,7 +99,7 @@ class PrunedFFN(_Part):
             return own_forward(self, PrunedFFN)(*args, **kwargs)
         shared = pruned.shared
         n_text = len(shared.index.text)
-        out = gated_ffn(self, _rows(args, kwargs), n_text, shared.neurons, shared.ffn_size)
+        out = gated_ffn(self, _rows(args, kwargs), n_text, pruned.plan.neurons, shared.ffn_size)
         pruned.reached.by = PrunedFFN
         return out
 

@@ -120,7 +120,8 @@ class _Watch:
 
 def slicing(plans: LayerPlans, config: Any) -> LayerPlans:
     """A plan that prunes nothing, but has the FFN sliced all the same: after its last neuron."""
-    return replace(plans, neurons=config.intermediate_size)
+    size = config.intermediate_size
+    return replace(plans, plans=[replace(plan, neurons=size) for plan in plans.plans])
 
 
 def build_twin(decoder: Any, device: torch.device, dtype: torch.dtype) -> Any:

@@ -21,6 +21,12 @@ def model_sizes(config: Any) -> tuple[int, int, int]:
     return layers, heads, size
 
 
+def head_dim(config: Any) -> int:
+    """D, the features of a head."""
+    text = _holders(config)[-1][1]
+    return get(text, "head_dim") or get(text, "hidden_size") // get(text, "num_attention_heads")
+
+
 def tells_sizes(config: Any) -> bool:
     """Whether the config has the model's sizes; files may leave them to their class's defaults."""
     text = _holders(config)[-1][1]

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 
 from yopo.files import read_json, write_json
 from yopo.plan import block as plan_block
 from yopo.plan import config_fields, head_mask, words
 from yopo.plan.config_fields import RELEASED_FIELDS as RELEASED_FIELDS
-from yopo.plan.value_checks import as_mask, as_shares, integer, listed, ratio
+from yopo.plan.sinks import FILE, REMEDY, Sinks, remember
+from yopo.plan.value_checks import as_mask, flag, integer, listed, per_layer, ratio
 
-MASSES = ("exact", "drop", "calibrated")
+MASSES = ("exact", "drop", "sink")
 _LOADABLE = (
     "give a file that PruningPlan.save wrote, a config.json with a plan in it, or the folder of a "
     "pruned checkpoint"
@@ -32,16 +33,21 @@ _LOADABLE = (
 class PruningPlan:
     """What is pruned in a model of L layers and H heads, the same for every input.
 
+    `window`, `ffn` and `visual_attention` are one value for all layers, or a sequence of L.
+
     head_keep: (L, H) bool, True where the head keeps reading visual tokens; any 0/1 values do.
     window: visual tokens see visual keys of their own grid within (window - 1) // 2 rows and
         columns; None: no window.
-    layer_cut: from this layer on, 0..L, no head reads visual values; None means L, no cut.
+    layer_cut: from this layer on, 0..L, no head reads visual values; None: the layer after the last
+        one in which `head_keep` keeps a head.
     ffn_ratio: visual tokens use the first int(I / ffn_ratio) FFN neurons; >= 1.
+    ffn: in place of the ratio, how many of the first neurons they use, 0..I; None: all of them.
+    visual_attention: False: visual tokens do not attend, though heads may read them.
     head_mass, cut_mass: where the softmax share of visual keys goes, for pruned heads below
-        layer_cut and for all heads from it on: "exact", "drop" or "calibrated".
+        layer_cut and for all heads from it on: "exact", "drop" or "sink".
     window_causal: the window also hides later visual tokens (models never fine-tuned without).
     prune_visual_queries: pruned heads give zero for visual queries.
-    text_mass: (L, H) in [0, 1], the share that stays on text keys; with "calibrated" only.
+    sinks: what "sink" takes for the visual keys of a blind head (sinks.py); may be there unused.
     ffn_order: the plan is for weights whose FFN neurons are in the order of this checksum
         (neurons.py); None: for the weights as they were trained.
 
@@ -49,51 +55,65 @@ class PruningPlan:
     """
 
     head_keep: torch.Tensor
-    window: int | None = None
+    window: int | Sequence[int | None] | None = None
     layer_cut: int = cast(int, None)  # an int in every plan made
     ffn_ratio: float = 1
     head_mass: str = "exact"
     cut_mass: str = "exact"
     window_causal: bool = False
     prune_visual_queries: bool = True
-    text_mass: torch.Tensor | None = None
+    sinks: Sinks | None = None
     ffn_order: str | None = None
+    ffn: int | Sequence[int | None] | None = None
+    visual_attention: bool | Sequence[bool] = True
 
     def __post_init__(self) -> None:
         def put(field: str, value: object) -> None:
             object.__setattr__(self, field, value)
 
         put("head_keep", as_mask("head_keep", self.head_keep))
-        if self.window is not None:
-            put("window", integer("window", self.window, 1, None))
-        cut = self.num_layers if self.layer_cut is None else self.layer_cut
-        put("layer_cut", integer("layer_cut", cut, 0, self.num_layers))
+        layers = self.num_layers
+        put("window", per_layer("window", self.window, layers, _window))
+        cut = self._last_reader() + 1 if self.layer_cut is None else self.layer_cut
+        put("layer_cut", integer("layer_cut", cut, 0, layers))
         put("ffn_ratio", ratio("ffn_ratio", self.ffn_ratio))
+        put("ffn", per_layer("ffn", self.ffn, layers, _neurons))
+        if self.ffn is not None and self.ffn_ratio != 1:
+            raise ValueError(
+                f"ffn is {self.ffn} and ffn_ratio {self.ffn_ratio:g}: give one of them"
+            )
+        put("visual_attention", per_layer("visual_attention", self.visual_attention, layers, flag))
         for field in ("head_mass", "cut_mass"):
             if getattr(self, field) not in MASSES:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; allowed: {listed(MASSES)}")
         for field in ("window_causal", "prune_visual_queries"):
-            if not isinstance(getattr(self, field), bool | np.bool_):
-                raise ValueError(f"{field} is {getattr(self, field)!r}; allowed: True, False")
-            put(field, bool(getattr(self, field)))
-        calibrated = "calibrated" in (self.head_mass, self.cut_mass)
-        if calibrated != (self.text_mass is not None):
-            raise ValueError(
-                f"head_mass {self.head_mass!r}, cut_mass {self.cut_mass!r} and text_mass "
-                f"{'given' if self.text_mass is not None else 'None'} do not fit: text_mass is "
-                "given exactly when a mass is 'calibrated'"
-            )
-        if self.text_mass is not None:
-            put(
-                "text_mass",
-                as_shares("text_mass", self.text_mass, (self.num_layers, self.num_heads)),
-            )
+            put(field, flag(field, getattr(self, field)))
+        self._check_sinks()
         order = self.ffn_order
         named = isinstance(order, str) and re.fullmatch("sha256:[0-9a-f]{64}", order)
         if order is not None and not named:
             raise ValueError(
                 f"ffn_order is {order!r}; allowed: None, or 'sha256:' and 64 hex digits"
             )
+
+    def _check_sinks(self) -> None:
+        if self.sinks is None:
+            if "sink" in (self.head_mass, self.cut_mass):
+                raise ValueError(
+                    f"head_mass is {self.head_mass!r} and cut_mass {self.cut_mass!r}, but the plan "
+                    f"has no sinks; {REMEDY}"
+                )
+        elif not isinstance(self.sinks, Sinks):
+            raise ValueError(f"sinks is a {type(self.sinks).__name__}; allowed: None, Sinks")
+        elif self.sinks.a.shape != self.head_keep.shape:
+            raise ValueError(
+                f"sinks.a has shape {tuple(self.sinks.a.shape)}; allowed: head_keep's, "
+                f"{tuple(self.head_keep.shape)}: these sinks are of another model"
+            )
+
+    def _last_reader(self) -> int:
+        """The last layer with a head that keeps reading; -1: none."""
+        return int(self.head_keep.any(1).nonzero().max()) if self.head_keep.any() else -1
 
     @classmethod
     def dense(cls, config: Any) -> PruningPlan:
@@ -117,15 +137,33 @@ class PruningPlan:
     def __hash__(self) -> int:
         return hash((self.head_keep.numpy().tobytes(), self.window, self.layer_cut, self.ffn_ratio))
 
-    def ffn_neurons(self, intermediate_size: int) -> int:
-        """How many of the I FFN neurons visual tokens use: int(I / ffn_ratio), at least 1."""
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer."""
+        return _each(self.window, self.num_layers)
+
+    @property
+    def visual_attends(self) -> tuple[bool, ...]:
+        """Whether visual tokens attend in each layer."""
+        return _each(self.visual_attention, self.num_layers)
+
+    def ffn_neurons(self, intermediate_size: int) -> tuple[int, ...]:
+        """How many of the I FFN neurons visual tokens use in each layer."""
+        if self.ffn is not None:
+            given = _each(self.ffn, self.num_layers)
+            chosen = [intermediate_size if one is None else one for one in given]
+            if max(chosen) > intermediate_size:
+                raise ValueError(
+                    f"ffn is {max(chosen)}; allowed: 0 to intermediate_size, {intermediate_size}"
+                )
+            return tuple(chosen)
         neurons = int(intermediate_size / self.ffn_ratio)
         if neurons < 1:
             raise ValueError(
                 f"ffn_ratio is {self.ffn_ratio:g}, which leaves no neuron of intermediate_size "
                 f"{intermediate_size}; allowed: 1 to {intermediate_size}"
             )
-        return neurons
+        return (neurons,) * self.num_layers
 
     def validate(self, config: Any) -> None:
         """Raise ValueError unless the plan fits the model that `config` describes."""
@@ -137,11 +175,21 @@ class PruningPlan:
                 "for this model"
             )
         self.ffn_neurons(size)
+        if self.sinks is not None and self.sinks.b is not None:
+            dim = config_fields.head_dim(config)
+            if self.sinks.b.shape[2] != dim:
+                raise ValueError(
+                    f"sinks.b has shape {tuple(self.sinks.b.shape)}, the model's heads have {dim} "
+                    "features: these sinks are of another model"
+                )
 
     def save_to(self, config: Any) -> None:
         """Write the plan into `config.yopo`, JSON-able, in place of any other block; the released
-        fields stay as they are."""
+        fields stay as they are. Sinks with b are a file of their own, which save_pretrained writes
+        (`Sinks.save`)."""
         self.validate(config)
+        if self.sinks is not None:
+            remember(self.sinks)
         config_fields.put_block(config, self._to_block())
 
     @classmethod
@@ -162,7 +210,8 @@ class PruningPlan:
         return plan
 
     def save(self, file: str | Path) -> None:
-        """Write the plan to `file` as JSON, whole or not at all; `load` gives an equal one."""
+        """Write the plan to `file` as JSON, whole or not at all; `load` gives an equal one. Sinks
+        with b go into FILE.sinks.safetensors beside it."""
         path = Path(file)
         if path.name == "config.json" or path.is_dir():
             raise ValueError(
@@ -170,7 +219,10 @@ class PruningPlan:
                 "plan a file of its own, such as plan.json. In a checkpoint's config it is written "
                 "by yopo.apply and save_pretrained"
             )
-        write_json(path, self._to_block())
+        beside = f"{path.stem}.sinks.safetensors"
+        if self.sinks is not None:
+            self.sinks.save(path.with_name(beside))
+        write_json(path, self._to_block(beside))
 
     @classmethod
     def load(cls, file: str | Path) -> PruningPlan:
@@ -201,7 +253,7 @@ class PruningPlan:
     @classmethod
     def _in_file(cls, content: dict[str, Any], folder: Path) -> PruningPlan | None:
         if plan_block.is_block(content):
-            return cls(**plan_block.unpack(content))
+            return cls(**plan_block.unpack(content, str(folder)))
         plan = cls.found_in(content | {"_name_or_path": str(folder)})
         if plan is not None and config_fields.tells_sizes(content):
             plan.validate(content)
@@ -211,7 +263,8 @@ class PruningPlan:
     def found_in(cls, config: Any) -> PruningPlan | None:
         """The plan in a config as it stands there, not yet held against the model."""
         blocks = config_fields.blocks(config)
-        plans = {place: cls._from_block(block, place) for place, block in blocks.items()}
+        origin = [config_fields.get(config, name) for name in ("_name_or_path", "_commit_hash")]
+        plans = {place: cls._from_block(block, place, origin) for place, block in blocks.items()}
         released = config_fields.released_values(config)
         if len(set(plans.values())) > 1:
             raise ValueError(
@@ -223,10 +276,11 @@ class PruningPlan:
         return cls._from_released(released, config) if released else None
 
     @classmethod
-    def _from_block(cls, block: object, place: str) -> PruningPlan:
-        """The plan of a `yopo` block. Anything wrong raises ValueError: never silently dense."""
+    def _from_block(cls, block: object, place: str, origin: list[Any]) -> PruningPlan:
+        """The plan of a `yopo` block. Anything wrong raises ValueError: never silently dense.
+        origin: the checkpoint that the config is from, and its revision."""
         try:
-            return cls(**plan_block.unpack(block))
+            return cls(**plan_block.unpack(block, *origin))
         except ValueError as error:
             raise ValueError(
                 f"the 'yopo' block of {place} is corrupt: {error}. Restore it, or delete the whole "
@@ -252,32 +306,39 @@ class PruningPlan:
             ffn_ratio=released["mlpcut_ratio"],
         )
 
-    def with_mass(
-        self, setting: str, *, text_mass: torch.Tensor | None = None, name: str = "mass"
-    ) -> PruningPlan:
+    def with_mass(self, setting: str, *, name: str = "mass") -> PruningPlan:
         """This plan with the masses HEAD[/CUT] of `setting`; HEAD alone is for both.
 
-        text_mass: constants for "calibrated" where the plan has none of its own; not used by other
-        masses. Raises ValueError that calls the setting `name`: for other words, and for
-        "calibrated" without constants.
+        Raises ValueError that calls the setting `name`: for other words, and for "sink" where the
+        plan has no sinks.
         """
         head, cut = split_masses(setting, name)
-        if "calibrated" not in (head, cut):
-            return replace(self, head_mass=head, cut_mass=cut, text_mass=None)
-        constants = text_mass if self.text_mass is None else self.text_mass
-        if constants is None:
-            raise ValueError(
-                f"{name} is {setting!r}, but the plan has no calibrated text_mass; use exact or "
-                "drop, or a plan that yopo.calibrate made with this mass"
-            )
-        return replace(self, head_mass=head, cut_mass=cut, text_mass=constants)
+        if "sink" in (head, cut) and self.sinks is None:
+            raise ValueError(f"{name} is {setting!r}, but the plan has no sinks; {REMEDY}")
+        return replace(self, head_mass=head, cut_mass=cut)
 
     def summary(self) -> str:
         """What is pruned, in words."""
         return words.summary(self)
 
-    def _to_block(self) -> dict[str, Any]:
-        return plan_block.pack({field.name: getattr(self, field.name) for field in fields(self)})
+    def _to_block(self, sinks_file: str = FILE) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.sinks is not None:
+            values["sinks"] = self.sinks.to_block(sinks_file)
+        return plan_block.pack(values)
+
+
+def _each(value: Any, layers: int) -> tuple[Any, ...]:
+    """The value of each layer, of one that `per_layer` gave."""
+    return value if isinstance(value, tuple) else (value,) * layers
+
+
+def _window(field: str, value: object) -> int | None:
+    return None if value is None else integer(field, value, 1, None)
+
+
+def _neurons(field: str, value: object) -> int | None:
+    return None if value is None else integer(field, value, 0, None)
 
 
 def split_masses(setting: str, name: str = "mass") -> tuple[str, str]:

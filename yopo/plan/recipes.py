@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import torch
 from yopo.plan import head_mask
 from yopo.plan.config_fields import model_sizes
 from yopo.plan.pruning_plan import PruningPlan
-from yopo.plan.value_checks import share
+from yopo.plan.sinks import Sinks
+from yopo.plan.value_checks import integer, share
 
 __all__ = [
     "late_cut",
@@ -28,7 +30,11 @@ __all__ = [
     "published_heads",
     "released_llava",
     "released_qwen2_vl",
+    "shortv",
     "training_free",
+    "v_skip",
+    "vica",
+    "vtw",
 ]
 
 
@@ -43,10 +49,66 @@ def late_cut(config: Any, *, layers: float = 0.75) -> PruningPlan:
     Of the questions that the models in examples/ have learnt, three quarters of the layers cost 0.1
     points at most, half of them 11 and 15.
     """
-    depth, heads, _ = model_sizes(config)
-    cut = math.ceil(share("layers", layers) * depth - 1e-9)  # 0.7 of 10 layers are 7
-    keep = torch.ones(depth, heads, dtype=torch.bool, device="cpu")
-    return PruningPlan(keep, layer_cut=cut, head_mass="drop", cut_mass="drop")
+    cut = math.ceil(share("layers", layers) * _depth(config) - 1e-9)  # 0.7 of 10 layers are 7
+    return vtw(config, layer=cut)
+
+
+def vtw(config: Any, *, layer: int) -> PruningPlan:
+    """Visual tokens are withdrawn at `layer`: dense below it, from it on neither computed nor
+    cached (drop). Without fine-tuning; the paper finds the layer by the KL of answers on a few
+    samples, 16 of 32 and 20 of 40 for LLaVA-1.5-7B and -13B.
+
+    Source: Visual Tokens Withdrawal (arXiv 2405.05803). `late_cut` is the same by a share.
+    """
+    cut = integer("layer", layer, 0, _depth(config))
+    return PruningPlan(_every_head(config), layer_cut=cut, head_mass="drop", cut_mass="drop")
+
+
+def shortv(config: Any, *, layers: Collection[int]) -> PruningPlan:
+    """Visual tokens are frozen in `layers`: they leave them as they came, without queries or FFN,
+    but text reads them there as everywhere, so nothing leaves a softmax and no mass matters.
+    Without fine-tuning; the paper takes some 60 % of the layers, those whose freezing changes the
+    answers least.
+
+    Source: ShortV (arXiv 2504.00502).
+    """
+    frozen = _chosen(config, layers)
+    return PruningPlan(
+        _every_head(config),
+        ffn=[0 if layer in frozen else None for layer in range(_depth(config))],
+        visual_attention=[layer not in frozen for layer in range(_depth(config))],
+        head_mass="drop",
+        cut_mass="drop",
+    )
+
+
+def v_skip(config: Any, *, layers: Collection[int]) -> PruningPlan:
+    """Visual tokens skip the attention of `layers` and keep their FFN; text reads them there as
+    everywhere, so nothing leaves a softmax and no mass matters. Without fine-tuning; the paper
+    chooses the layers, deep ones, on a few samples of the task.
+
+    Source: V-Skip (arXiv 2606.08511), as its abstract reads: of text it says nothing.
+    """
+    skipped = _chosen(config, layers)
+    return PruningPlan(
+        _every_head(config),
+        visual_attention=[layer not in skipped for layer in range(_depth(config))],
+        head_mass="drop",
+        cut_mass="drop",
+    )
+
+
+def vica(config: Any, *, layers: Collection[int]) -> PruningPlan:
+    """Visual tokens pass no attention and no FFN: they stay what the projector gave. Text reads
+    them in `layers`, with all heads; in the others they are not there (drop). For models that are
+    fine-tuned with it, as the paper does.
+
+    Source: ViCA (arXiv 2602.07574), which puts the visual side's computation at 4 %.
+    """
+    read = _chosen(config, layers)
+    keep = _every_head(config)
+    keep[[layer not in read for layer in range(_depth(config))]] = False
+    return PruningPlan(keep, ffn=0, visual_attention=False, head_mass="drop", cut_mass="drop")
 
 
 def released_llava(head_keep: Any, *, window: int, layer_cut: int, ffn_ratio: float) -> PruningPlan:
@@ -160,15 +222,40 @@ def named_plan(
 
 
 def first_layers(plan: PruningPlan, layers: int) -> PruningPlan:
-    """`plan` in the same proportions for a model with the first `layers` of its layers: of the
-    masks the rows before the cut evenly spaced, and so those from it on."""
+    """`plan` in the same proportions for a model with the first `layers` of its layers: of what it
+    says per layer the rows before the cut evenly spaced, and so those from it on."""
     whole, cut = plan.num_layers, plan.layer_cut
     less = cut * layers // whole
     before = torch.arange(less) * cut // max(less, 1)
     after = cut + torch.arange(layers - less) * (whole - cut) // max(layers - less, 1)
     rows = torch.cat([before, after])
-    mass = None if plan.text_mass is None else plan.text_mass[rows]
-    return replace(plan, head_keep=plan.head_keep[rows], layer_cut=less, text_mass=mass)
+    sinks = plan.sinks
+    if sinks is not None:
+        sinks = Sinks(sinks.a[rows], None if sinks.b is None else sinks.b[rows], sinks.tokens)
+    return replace(
+        plan,
+        head_keep=plan.head_keep[rows],
+        layer_cut=less,
+        sinks=sinks,
+        window=[plan.windows[row] for row in rows],
+        visual_attention=[plan.visual_attends[row] for row in rows],
+        ffn=[plan.ffn[row] for row in rows] if isinstance(plan.ffn, tuple) else plan.ffn,
+    )
+
+
+def _depth(config: Any) -> int:
+    return model_sizes(config)[0]
+
+
+def _every_head(config: Any) -> torch.Tensor:
+    layers, heads, _ = model_sizes(config)
+    return torch.ones(layers, heads, dtype=torch.bool, device="cpu")
+
+
+def _chosen(config: Any, layers: Collection[int]) -> set[int]:
+    """The layers named, each of them one that the model has."""
+    last = _depth(config) - 1
+    return {integer(f"layers[{at}]", layer, 0, last) for at, layer in enumerate(layers)}
 
 
 def _random_heads(layers: int, heads: int, part: int) -> PruningPlan:

@@ -6,12 +6,14 @@ Nothing here knows of plans, files or configs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
+
+V = TypeVar("V")
 
 
 def as_mask(name: str, values: object) -> torch.Tensor:
@@ -65,19 +67,33 @@ def share(field: str, value: object) -> float:
     return number
 
 
-def as_shares(name: str, values: object, shape: tuple[int, int]) -> torch.Tensor:
-    """`values`, (L, H) numbers in [0, 1], as a fresh float32 tensor on the CPU.
+def as_numbers(name: str, values: object, dimensions: int) -> torch.Tensor:
+    """`values` (tensor, ndarray or nested lists), finite numbers in so many dimensions, as a fresh
+    contiguous float32 tensor on the CPU.
 
     Raises ValueError that names `name` and the shape, or the first offending index and its value.
     """
-    cells = _cells(name, values)
-    if cells.shape != shape:
-        raise ValueError(f"{name} has shape {cells.shape}; allowed: head_keep's, {shape}")
-    for (layer, head), cell in np.ndenumerate(cells):
-        real = isinstance(cell, Real) and not isinstance(cell, bool)
-        if not real or not 0 <= cell <= 1:
-            raise ValueError(f"{name}[{layer}, {head}] is {cell!r}; allowed: 0 to 1")
-    return torch.tensor(cells.tolist(), dtype=torch.float32, device="cpu")
+    if not isinstance(values, torch.Tensor | np.ndarray):
+        for index, cell in np.ndenumerate(_cells(name, values)):
+            if isinstance(cell, bool) or not isinstance(cell, Real):
+                raise ValueError(f"{name}{list(index)} is {cell!r}; allowed: finite numbers")
+    try:
+        # An explicit device: models are built under torch.device("meta") in transformers 5.
+        given = torch.as_tensor(values, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError, NotImplementedError) as error:
+        raise ValueError(f"{name} must be numbers of one shape: {error}") from error
+    if given.dtype is torch.bool or given.is_complex():
+        raise ValueError(f"{name} is of {given.dtype}; allowed: finite numbers")
+    numbers = given.to(torch.float32, copy=True).contiguous()
+    if numbers.dim() != dimensions or 0 in numbers.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(numbers.shape)}; allowed: {dimensions} dimensions, none empty"
+        )
+    wrong = (~numbers.isfinite()).nonzero()
+    if len(wrong):
+        at = wrong[0].tolist()
+        raise ValueError(f"{name}{at} is {float(numbers[tuple(at)])}; allowed: finite numbers")
+    return numbers
 
 
 def _cells(name: str, values: object) -> np.ndarray:
@@ -90,7 +106,31 @@ def _cells(name: str, values: object) -> np.ndarray:
         # dtype=object: otherwise one string among the numbers would make strings of them all.
         return np.array(values, dtype=object)
     except ValueError as error:  # rows of different depth
-        raise ValueError(f"{name} must be a rectangular (layers, heads) array: {error}") from error
+        raise ValueError(f"{name} must be a rectangular array: {error}") from error
+
+
+def flag(field: str, value: object) -> bool:
+    """`value` as a bool, if it is True or False (ValueError otherwise)."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{field} is {value!r}; allowed: True, False")
+    return bool(value)
+
+
+def per_layer(
+    field: str, value: object, layers: int, check: Callable[[str, object], V]
+) -> V | tuple[V, ...]:
+    """One value for all layers, or a sequence with one for each, every one as `check` returns it; a
+    sequence of equal ones becomes one. Raises ValueError for another length, or by `check`."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        value = value.tolist()
+    if not isinstance(value, list | tuple):
+        return check(field, value)
+    if len(value) != layers:
+        raise ValueError(
+            f"{field} has {len(value)} values; allowed: one for all layers, or {layers}, one each"
+        )
+    each = tuple(check(f"{field}[{number}]", one) for number, one in enumerate(value))
+    return each[0] if len(set(each)) == 1 else each
 
 
 def listed(names: Iterable[str]) -> str:

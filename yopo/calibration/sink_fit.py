@@ -1,0 +1,198 @@
+"""Sinks fitted to a model under its plan: `fit_sinks`. Least squares on the log-sum-exp over the
+visual keys of blind heads, over the text queries of some samples; nothing n × n is held and no
+weight changes. Sinks by gradient are sink_tuning.py's, how far answers are divergence.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from yopo.calibration.collect import blocks, scores_of
+from yopo.calibration.divergence import Reference, divergence, references
+from yopo.engine import forward as engine
+from yopo.engine.layer import LayerCall, Stores
+from yopo.engine.text_attention import heads
+from yopo.models.parts import plan_of
+from yopo.models.trial import decoder_of, under
+from yopo.plan.config_fields import head_dim
+from yopo.plan.pruning_plan import PruningPlan
+from yopo.plan.sinks import Sinks
+from yopo.prompts.sample import Sample
+
+TARGETS = ("exact", "dense")
+HELD_OUT = 4  # every fourth sample chooses the ridge, and whether b helps
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of b, times the mean of its diagonal
+_LEAST_WEIGHT = 1e-4  # of a query: a head whose mass is all on one side has a fit, too
+
+
+@dataclass(frozen=True, eq=False)
+class SinkFit:
+    """What a fit came to.
+
+    plan: with the sinks, under sink/sink. before, after: KL (nats a token) from the target of the
+    answers to the samples held out, with drop in the sinks' place and with them; None: no sample
+    was held out. with_b: share of the blind heads in which b helps.
+    """
+
+    plan: PruningPlan
+    before: float | None
+    after: float | None
+    with_b: float
+
+
+def fit_sinks(
+    model: nn.Module,
+    samples: Iterable[Sample],
+    plan: PruningPlan | None = None,
+    *,
+    target: str = "exact",
+    limit: int | None = None,
+    answer_tokens: int = 16,
+    progress: bool = False,
+) -> SinkFit:
+    """Sinks for `model` under `plan`, its own if None, from `samples`, model inputs of one prompt
+    each (sample.py); the model and its plan stay as they are.
+
+    target: whose visual mass the sinks give: "exact", of the plan under exact/exact, which released
+    checkpoints were fine-tuned under; "dense", of the model without a plan. limit: take only so
+    many samples. answer_tokens: of an answer at most, where a sample has none.
+
+    Raises ValueError for a model without a plan, samples without an image, and logits that are not
+    finite.
+    """
+    plan = plan_of(model) if plan is None else plan
+    if plan is None:
+        raise ValueError(
+            "the model has no plan, so no head is blind: give one (plan=), or apply it first"
+        )
+    if target not in TARGETS:
+        raise ValueError(f"target is {target!r}; allowed: {', '.join(TARGETS)}")
+    aim = plan.with_mass("exact") if target == "exact" else None
+    taken = list(samples) if limit is None else [one for one, _ in zip(samples, range(limit))]
+    if not taken:
+        raise ValueError("there is no sample to fit sinks to")
+    known = references(model, tqdm(taken, "answers", disable=not progress), answer_tokens, aim)
+    held = [one for i, one in enumerate(known) if i % HELD_OUT == HELD_OUT - 1]
+    with torch.no_grad(), under(model, aim):
+        config = decoder_of(model).config
+        sums = _Sums(plan.num_layers, plan.num_heads, head_dim(config) + 1)
+        for i, reference in enumerate(tqdm(known, "sinks", disable=not progress)):
+            with sums.watching(i % HELD_OUT == HELD_OUT - 1):
+                model(**reference.inputs, use_cache=False)
+    a, b = sums.solve()
+    sinks = Sinks(a, b, sums.tokens)
+    fitted = replace(plan, sinks=sinks, head_mass="sink", cut_mass="sink")
+    before, after = (mean_kl(model, one, held) for one in (plan.with_mass("drop"), fitted))
+    helped = (b != 0).any(-1)[blind_heads(plan)]
+    return SinkFit(fitted, before, after, float(helped.double().mean()))
+
+
+def mean_kl(model: nn.Module, plan: PruningPlan, known: Sequence[Reference]) -> float | None:
+    """KL of the answers under `plan` from those known, nats a token; None where none are known."""
+    return float(divergence(model, plan, known).kl.mean()) if known else None
+
+
+def blind_heads(plan: PruningPlan) -> Tensor:
+    """(L, H) bool, True where no text query reads the image."""
+    blind = ~plan.head_keep
+    blind[plan.layer_cut :] = True
+    return blind
+
+
+class _Sums:
+    """The normal equations of every head, of the samples that fit and of those held out.
+
+    Features of a text query are 1 and q, unrotated; its weight is m(1 − m). grams (2, L, H, F, F),
+    moments (2, L, H, F), squares (2, L, H), float64.
+    """
+
+    def __init__(self, layers: int, heads: int, features: int) -> None:
+        zeros = partial(torch.zeros, dtype=torch.float64)
+        self.grams = zeros(2, layers, heads, features, features)
+        self.moments = zeros(2, layers, heads, features)
+        self.squares = zeros(2, layers, heads)
+        self.tokens = 0  # how many visual tokens a sink stands for: the first sample's
+
+    @contextmanager
+    def watching(self, held_out: bool) -> Iterator[None]:
+        """Adds what the layers of a pass over one sample attend to."""
+        self._part, self._layer = int(held_out), 0
+        token = engine.OBSERVER.set(self._attention)
+        try:
+            yield
+        finally:
+            engine.OBSERVER.reset(token)
+
+    def _attention(
+        self, call: LayerCall, still: Tensor, q: Tensor, visual_q: Tensor, stores: Stores
+    ) -> None:
+        """still, q (T, H, D): text queries before and after their rotation."""
+        index = call.shared.index
+        text_at, visual_at = (x.order[0].to(q.device) for x in (index.text, index.visual))
+        keys_at, n_visual = torch.cat([visual_at, text_at]), len(visual_at)
+        self.tokens = self.tokens or n_visual
+        behind = (text_at > visual_at[0]).nonzero().flatten()
+        before = (visual_at[None, :] < text_at[behind, None]).sum(1)  # visual tokens of each query
+        shift = (before.double() / self.tokens).log()
+        for group in call.plan.text:
+            keys = heads(stores[group.store].keys, group.kv)[0]
+            chosen = slice(None) if group.q is None else group.q
+            for block in blocks(len(behind), keys.shape[0] * keys.shape[1]):
+                at = behind[block]
+                mine = q[at][:, chosen]
+                scores = scores_of(mine, text_at[at], keys, keys_at, call.shared.scale)
+                of_visual, of_text = (
+                    part.logsumexp(-1).double() for part in scores.tensor_split([n_visual], dim=-1)
+                )
+                m = torch.sigmoid(of_text - of_visual)  # (H', Q)
+                features = F.pad(still[at][:, chosen].double().transpose(0, 1), (1, 0), value=1)
+                weighted = features * (m * (1 - m) + _LEAST_WEIGHT)[..., None]
+                self._add(chosen, features, weighted, of_visual - shift[block])
+        self._layer += 1
+
+    def _add(self, chosen: Any, features: Tensor, weighted: Tensor, target: Tensor) -> None:
+        """features, weighted (H', Q, F), target (H', Q) of the heads `chosen` of this layer."""
+        at = self._part, self._layer
+        where = torch.arange(self.grams.shape[2])[chosen if isinstance(chosen, slice) else chosen.cpu()]
+        self.grams[at].index_add_(0, where, (weighted.mT @ features).cpu())
+        self.moments[at].index_add_(0, where, (weighted * target[..., None]).sum(1).cpu())
+        self.squares[at].index_add_(0, where, (weighted[..., 0] * target.square()).sum(1).cpu())
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """a (L, H) and b (L, H, D), 0 where the samples held out are not nearer with it."""
+        gram, held = self.grams
+        ridge = gram.diagonal(dim1=-2, dim2=-1)[..., 1:].mean(-1)  # (L, H)
+        penalty = torch.ones(gram.shape[-1], dtype=gram.dtype)
+        penalty[0] = 0
+
+        def solved(gram: Tensor, moment: Tensor, share: float) -> Tensor:
+            added = (share * ridge)[..., None] * penalty + 1e-9
+            return torch.linalg.solve(gram + torch.diag_embed(added), moment)
+
+        def constant(gram: Tensor, moment: Tensor) -> Tensor:
+            found = torch.zeros_like(moment)
+            found[..., 0] = moment[..., 0] / gram[..., 0, 0].clamp(min=1e-12)
+            return found
+
+        def error(weights: Tensor) -> Tensor:  # (L, H), over the samples held out
+            drawn = (held @ weights[..., None])[..., 0]
+            return self.squares[1] + (weights * (drawn - 2 * self.moments[1])).sum(-1)
+
+        gram_all, moment_all = self.grams.sum(0), self.moments.sum(0)
+        tried = [constant(gram, self.moments[0])]
+        final = [constant(gram_all, moment_all)]
+        for share in RIDGES:
+            tried.append(solved(gram, self.moments[0], share))
+            final.append(solved(gram_all, moment_all, share))
+        best = torch.stack([error(weights) for weights in tried]).argmin(0)
+        weights = torch.stack(final).take_along_dim(best[None, ..., None], 0)[0].float()
+        return weights[..., 0].contiguous(), weights[..., 1:].contiguous()

@@ -1,0 +1,148 @@
+"""Sinks: one predicted logit that stands for the visual keys of a blind head in the softmax of a
+text query, and their file. Tensors and their checks; nothing of models, inputs or how they are
+fitted (calibration/sink_fit.py), nor of what the engine makes of them.
+
+In a plan's block sinks without `b` stand as numbers; with it they are in a safetensors file beside
+the config, which the block names with a checksum. Sinks that were in this process once are known
+by their checksum from the moment a config names them: one that is copied in memory needs no file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from yopo.files import write_whole
+from yopo.plan.value_checks import as_numbers, integer
+
+FILE = "yopo_sinks.safetensors"  # in a checkpoint's folder
+REMEDY = "fit them: python -m yopo sinks CHECKPOINT --data FILE, or yopo.fit_sinks(model, samples)"
+_CHECKSUM = re.compile("sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, eq=False)
+class Sinks:
+    """The logit s = a + b·q of a head's text query q, before its rotation; N visual tokens before
+    the query add log(N / tokens) to it.
+
+    a: (L, H) float32. b: (L, H, D) float32; None: 0. tokens: how many visual tokens the logit
+    stands for; None: for any number, nothing is added.
+
+    Raises ValueError naming the field, its value and what is allowed.
+    """
+
+    a: Tensor
+    b: Tensor | None = None
+    tokens: int | None = 1
+
+    def __post_init__(self) -> None:
+        a = as_numbers("sinks.a", self.a, 2)
+        object.__setattr__(self, "a", a)
+        if self.b is not None:
+            b = as_numbers("sinks.b", self.b, 3)
+            if b.shape[:2] != a.shape or b.shape[2] == 0:
+                raise ValueError(
+                    f"sinks.b has shape {tuple(b.shape)}; allowed: sinks.a's, {tuple(a.shape)}, "
+                    "and the size of a head"
+                )
+            object.__setattr__(self, "b", b)
+        if self.tokens is not None:
+            object.__setattr__(self, "tokens", integer("sinks.tokens", self.tokens, 1, None))
+
+    @cached_property
+    def checksum(self) -> str:
+        """Of all three: "sha256:" and 64 digits."""
+        digest = hashlib.sha256(repr((tuple(self.a.shape), self.tokens)).encode())
+        for tensor in (self.a, self.b):
+            digest.update(b"none" if tensor is None else tensor.numpy().tobytes())
+        return f"sha256:{digest.hexdigest()}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sinks) and self.checksum == other.checksum
+
+    def __hash__(self) -> int:
+        return hash(self.checksum)
+
+    def to_block(self, file: str = FILE) -> dict[str, Any]:
+        """What the block of a plan says of them, `file` being where they are saved."""
+        if self.b is None:
+            return {"tokens": self.tokens, "a": self.a.tolist()}
+        return {"tokens": self.tokens, "file": file, "checksum": self.checksum}
+
+    def save(self, file: Path) -> None:
+        """Writes the file that the block names, whole or not at all; none without `b`."""
+        if self.b is not None:
+            with write_whole(file) as partial:
+                save_file({"a": self.a, "b": self.b}, partial, metadata={"format": "pt"})
+
+
+# Those of which a config in this process says the checksum only. Never let go: the config may be
+# all that is left of the plan, and its file not yet written.
+_NAMED: dict[str, Sinks] = {}
+
+
+def remember(sinks: Sinks) -> None:
+    """Blocks that name `sinks` need no file in this process."""
+    if sinks.b is not None:
+        _NAMED[sinks.checksum] = sinks
+
+
+def from_block(block: object, checkpoint: str | None, revision: str | None = None) -> Sinks:
+    """The sinks that a plan's block names; `checkpoint`: the folder or Hub repository that has
+    their file. Raises ValueError for what cannot be, FileNotFoundError where the file is not."""
+    keys = set(block) if isinstance(block, dict) else set()
+    if not isinstance(block, dict) or keys not in ({"tokens", "a"}, {"tokens", "file", "checksum"}):
+        raise ValueError(
+            f"sinks is {block!r:.80}; allowed: null, or an object with tokens and a, or with "
+            "tokens, file and checksum"
+        )
+    if "a" in keys:
+        return Sinks(block["a"], None, block["tokens"])
+    name, checksum = block["file"], block["checksum"]
+    if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
+        raise ValueError(f"sinks.file is {name!r}; allowed: the name of a .safetensors file")
+    if not isinstance(checksum, str) or not _CHECKSUM.fullmatch(checksum):
+        raise ValueError(f"sinks.checksum is {checksum!r}; allowed: 'sha256:' and 64 hex digits")
+    if checksum in _NAMED:
+        return _NAMED[checksum]
+    path = _find(name, checkpoint, revision)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, perhaps cut off: {error}") from error
+    if set(tensors) != {"a", "b"}:
+        raise ValueError(f"{path} holds {sorted(tensors)}; the sinks of a plan are a and b")
+    sinks = Sinks(tensors["a"], tensors["b"], block["tokens"])
+    if sinks.checksum != checksum:
+        raise ValueError(
+            f"{path} is not the file that the plan was saved with: its checksum is "
+            f"{sinks.checksum}, the plan names {checksum!r}. Take the one that came with this "
+            f"config, or {REMEDY}"
+        )
+    return sinks
+
+
+def _find(name: str, checkpoint: str | None, revision: str | None) -> Path:
+    """The file in the folder `checkpoint`, or of that Hub repository."""
+    path = Path(checkpoint or ".").expanduser() / name
+    if path.is_file():
+        return path
+    why = ""
+    if checkpoint and not path.parent.is_dir():
+        try:
+            return Path(hf_hub_download(checkpoint, name, revision=revision))
+        except (OSError, ValueError) as error:  # hub errors are OSErrors, of bad names ValueErrors
+            why = f" ({error})"
+    raise FileNotFoundError(
+        f"the sinks of the plan are to be in {path}, which is not there{why}: copy it from where "
+        f"the config came from, or {REMEDY}"
+    )
