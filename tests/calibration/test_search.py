@@ -53,8 +53,7 @@ def visual_flops(plan: PruningPlan | None, known: Any) -> float:
 
 @pytest.mark.parametrize(
     ("mass", "budget"),
-    [(m, b) for m in ("drop", "calibrated", "exact/drop") for b in (0.5, 0.25, 0.12)]
-    + [("drop", 0.05)],
+    [(m, b) for m in ("drop", "sink", "exact/drop") for b in (0.5, 0.25, 0.12)] + [("drop", 0.05)],
 )
 def test_the_plan_is_within_the_budget_and_no_worse_than_the_hand_made_one(
     model: Any, statistics: Any, known: Any, mass: str, budget: float

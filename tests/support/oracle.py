@@ -119,7 +119,9 @@ def oracle_forward(
             blind = masked_softmax(scores, sees_text)
             if mass == "sink":  # text queries: one more logit, without a value
                 a, b = plan.sinks.a[index].to(dtype), plan.sinks.b
-                s = a[None, :, None] + (0 if b is None else (q_still * b[index].to(dtype)[:, None]).sum(-1))
+                s = a[None, :, None] + (
+                    0 if b is None else (q_still * b[index].to(dtype)[:, None]).sum(-1)
+                )
                 count = sees_visual.sum(-1).to(dtype)  # (B, 1, query)
                 s = (s + (count / plan.sinks.tokens).log())[..., None]
                 lse = scores.masked_fill(~sees_text, -torch.inf).logsumexp(-1, True)

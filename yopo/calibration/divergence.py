@@ -98,6 +98,11 @@ def divergence(model: nn.Module, plan: PruningPlan, known: Sequence[Reference]) 
     return Change(torch.stack(kl), torch.stack(same))
 
 
+def mean_kl(model: nn.Module, plan: PruningPlan, known: Sequence[Reference]) -> float:
+    """KL of the answers of `known`, averaged, in nats a token; nan where there are none."""
+    return float(divergence(model, plan, known).kl.mean()) if known else float("nan")
+
+
 def _prompt(cache: VisualCache, answered: int) -> Prompt:
     """Where the image is in the sequence in `cache`, its last `answered` tokens left out."""
     visual = cache.layout.visual[0]

@@ -5,7 +5,7 @@ Index tensors only, made once when a plan is put on a model. Nothing here knows 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -150,7 +150,7 @@ class LayerPlan:
             attends_visual=attends,
             neurons=None if neurons == ffn_size else neurons,
             window=windows(plan).index(plan.windows[layer]),
-            sink=sink_weights(plan.sinks, layer) if has_sink else None,
+            sink=_sink_of(plan.sinks, layer) if has_sink else None,
         )
 
 
@@ -162,10 +162,14 @@ def windows(plan: PruningPlan) -> tuple[int | None, ...]:
     return tuple(dict.fromkeys(plan.windows))
 
 
-def sink_weights(sinks: Sinks | None, layer: int) -> SinkWeights:
+def sink_weights(a: Tensor, b: Tensor | None) -> SinkWeights:
+    """Of a layer's a (H,) and b (H, D), through which gradients flow."""
+    return SinkWeights(a[:, None, None], None if b is None else b[:, :, None])
+
+
+def _sink_of(sinks: Sinks | None, layer: int) -> SinkWeights:
     assert sinks is not None  # a plan whose mass is "sink" has them: PruningPlan
-    b = None if sinks.b is None else sinks.b[layer][:, :, None]
-    return SinkWeights(sinks.a[layer][:, None, None], b)
+    return sink_weights(sinks.a[layer], None if sinks.b is None else sinks.b[layer])
 
 
 def _kv_heads(query_heads: Tensor, per_kv: int) -> Tensor:
@@ -210,6 +214,17 @@ class LayerPlans:
                 plan = to_device(plan, device)
             self.plans[layer] = plan  # not read back: replicas on other devices write here too
         return plan
+
+    def with_sinks(self, a: Tensor, b: Tensor) -> LayerPlans:
+        """These plans with a (L, H) and b (L, H, D) in their sinks' place, wherever one has some;
+        gradients reach both."""
+        plans = [
+            plan
+            if plan.sink is None
+            else replace(plan, sink=to_device(sink_weights(a[n], b[n]), plan.kv[0].device))
+            for n, plan in enumerate(self.plans)
+        ]
+        return replace(self, plans=plans)
 
     def kv_heads(self) -> list[tuple[Tensor, Tensor]]:
         """For each layer the key/value heads of its two stores."""

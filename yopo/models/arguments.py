@@ -270,7 +270,11 @@ def refuse_long_for_window(config: Any, length: int) -> None:
 
 
 def refuse_split_image(plan: PruningPlan, layout: VisualLayout, cache: Any) -> None:
-    if plan.windows == (None,) * plan.num_layers or plan.window_causal or not isinstance(cache, VisualCache):
+    if (
+        plan.windows == (None,) * plan.num_layers
+        or plan.window_causal
+        or not isinstance(cache, VisualCache)
+    ):
         return
     for b, grids in enumerate(cache.layout.grids):
         last = layout.image[b, layout.visual[b]]
