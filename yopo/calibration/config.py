@@ -22,7 +22,7 @@ class CalibrationConfig:
     """What both ways to a plan have in common.
 
     mass: HEAD[/CUT], the plan's head_mass and cut_mass.
-    tune_sinks: so many steps of gradient descent move the sinks fitted to the plan (sink_tuning.py).
+    tune_sinks: so many steps move the sinks fitted to the plan by gradient (sink_tuning.py).
     reorder_neurons: FFN neurons are put in the order of their use by visual tokens, in place.
     influence: also measure how much visual tokens still matter after each layer, which takes about
         as long as the other statistics.

@@ -5,7 +5,7 @@ weight changes. Moving them by gradient is sink_tuning.py's, how far answers are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,13 +18,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from yopo.calibration.collect import blocks, fit_weight, log_sums
-from yopo.calibration.divergence import Reference, mean_kl, references
+from yopo.calibration.divergence import mean_kl, references
 from yopo.calibration.sink_tuning import tune_sinks
 from yopo.engine import forward as engine
 from yopo.engine.layer import LayerCall, Stores
 from yopo.engine.text_attention import heads as heads_of
 from yopo.models.parts import plan_of
-from yopo.models.trial import decoder_of, under
+from yopo.models.trial import decoder_of
 from yopo.plan.config_fields import head_dim
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.plan.sinks import Sinks
@@ -98,8 +98,12 @@ def fit_sinks(
         least = "one" if tune is None else f"{HELD_OUT}, to tune by"
         raise ValueError(f"{len(taken)} samples to fit sinks to; give at least {least}")
     aim = plan.with_mass("exact") if target == "exact" else None
-    known = references(model, tqdm(taken, "answers", disable=not progress), answer_tokens, aim)
-    sinks = _least_squares(model, aim, known, progress)
+    config = decoder_of(model).config
+    sums = _Sums(plan.num_layers, plan.num_heads, head_dim(config) + 1)
+    bar = tqdm(taken, "sinks", disable=not progress, mininterval=1)
+    known = references(model, bar, answer_tokens, aim, sums.watching)
+    a, b = sums.solve()
+    sinks = Sinks(a, b, sums.tokens)
     masses = plan.head_mass, plan.cut_mass
     masses = masses if "sink" in masses else ("sink", "sink")
     fitted = replace(plan, sinks=sinks, head_mass=masses[0], cut_mass=masses[1])
@@ -109,28 +113,12 @@ def fit_sinks(
         fitted = tune_sinks(model, fitted, taught, held, tune, progress)
     dropped = fitted.with_mass("/".join(masses).replace("sink", "drop"))
     before, after = (mean_kl(model, one, held) for one in (dropped, fitted))
-    helped = (sinks.b != 0).any(-1)[blind_heads(plan)].double().mean()
+    helped = (b != 0).any(-1)[blind_heads(plan)].double().mean()
     return SinkFit(fitted, len(known), target, before, after, float(helped))
 
 
 def _is_held_out(index: int) -> bool:
     return index % HELD_OUT == HELD_OUT - 1
-
-
-@torch.no_grad()
-def _least_squares(
-    model: nn.Module, aim: PruningPlan | None, known: Sequence[Reference], progress: bool
-) -> Sinks:
-    """The sinks of all heads nearest to the visual mass that `model` has under `aim`."""
-    with under(model, aim):
-        config = decoder_of(model).config
-        layers, heads = config.num_hidden_layers, config.num_attention_heads
-        sums = _Sums(layers, heads, head_dim(config) + 1)
-        for i, reference in enumerate(tqdm(known, "sinks", disable=not progress)):
-            with sums.watching(_is_held_out(i)):
-                model(**reference.inputs, use_cache=False)
-    a, b = sums.solve()
-    return Sinks(a, b, sums.tokens)
 
 
 def blind_heads(plan: PruningPlan) -> Tensor:
@@ -155,9 +143,9 @@ class _Sums:
         self.tokens = 0  # how many visual tokens a sink stands for: the first sample's
 
     @contextmanager
-    def watching(self, held_out: bool) -> Iterator[None]:
-        """Adds what the layers of a pass over one sample attend to."""
-        self._part, self._layer = int(held_out), 0
+    def watching(self, sample: int) -> Iterator[None]:
+        """Adds what the layers of a pass over that sample attend to."""
+        self._part, self._layer = int(_is_held_out(sample)), 0
         token = engine.OBSERVER.set(self._attention)
         try:
             yield

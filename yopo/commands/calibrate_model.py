@@ -22,7 +22,6 @@ from yopo.errors import BadInput, CannotGoOn
 if TYPE_CHECKING:
     from yopo.prompts.questions import Question
 
-MOST_NAMED = 10  # of the entries passed over
 SAMPLES = 100  # for statistics: over so many the released rule votes
 _BY_HAND = ("alpha", "keep", "layer_cut", "ffn_ratio", "window")  # where there is no budget
 
@@ -120,18 +119,12 @@ def _calibrate(args: argparse.Namespace, config: CalibrationConfig) -> None:
 
 
 def _questions(args: argparse.Namespace, config: CalibrationConfig) -> list[Question]:
-    from yopo.prompts.questions import read_questions
+    from yopo.commands.input_checks import told_questions
 
     if args.data is None:
         return []
     wanted = args.samples or SAMPLES * (2 if config.holds_out else 1)
-    questions, passed_over = read_questions(args.data, wanted, args.image_folder)
-    for line in passed_over[:MOST_NAMED]:
-        print(f"passed over: {line}", file=sys.stderr)
-    if len(passed_over) > MOST_NAMED:
-        print(f"passed over: {len(passed_over) - MOST_NAMED} more", file=sys.stderr)
-    print(f"{len(questions)} questions, {len(passed_over)} passed over")
-    return questions
+    return told_questions(args.data, wanted, args.image_folder)
 
 
 def _config(args: argparse.Namespace) -> CalibrationConfig:
