@@ -73,7 +73,9 @@ def as_numbers(name: str, values: object, dimensions: int) -> torch.Tensor:
     Raises ValueError that names `name` and the shape, or the first offending index and its value.
     """
     try:
-        numbers = torch.as_tensor(values).detach().to("cpu", torch.float32, copy=True)
+        # An explicit device, as in as_mask; of a tensor as_tensor would make one elsewhere, too.
+        given = values if isinstance(values, torch.Tensor) else torch.tensor(values, device="cpu")
+        numbers = given.detach().to("cpu", torch.float32, copy=True)
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{name} must be numbers of one shape: {error}") from error
     if numbers.dim() != dimensions or 0 in numbers.shape:
