@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-file", default=DEFAULT_IMAGE, help="path or http(s) address")
     parser.add_argument("--question", default=DEFAULT_QUESTION)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--mass", metavar="HEAD[/CUT]", help="exact, drop or calibrated")
+    parser.add_argument("--mass", metavar="HEAD[/CUT]", help="exact, drop or sink")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.set_defaults(command=infer)
 
