@@ -41,7 +41,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mass", ["drop", "exact", "exact/drop", "calibrated"])
+@pytest.mark.parametrize("mass", ["drop", "exact", "exact/drop", "sink"])
 @pytest.mark.parametrize("batch", ["1", "3"])
 def test_last_line_is_json_with_every_arm(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, mass: str, batch: str

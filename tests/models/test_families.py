@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from family_checks import TOLERANCE, a_plan, check, compare, later, mixed, rows, run, same, truth
+from family_checks import (
+    TOLERANCE,
+    a_plan,
+    check,
+    compare,
+    later,
+    mixed,
+    rows,
+    run,
+    same,
+    some_sinks,
+    truth,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import Shape, plans
@@ -132,9 +144,8 @@ def test_a_mixed_batch_is_the_oracles(
 
 
 @pytest.mark.feature("oracle, every mass mode")
-def test_calibrated_mass_is_the_oracles(kind: Kind) -> None:
-    share = torch.rand(LAYERS, HEADS, generator=torch.Generator().manual_seed(2))
-    plan = a_plan(head_mass="calibrated", cut_mass="calibrated", text_mass=share)
+def test_sinks_are_the_oracles(kind: Kind) -> None:
+    plan = a_plan(head_mass="sink", cut_mass="sink", sinks=some_sinks(kind))
     compare(build(kind), plan, make(kind, mixed(kind)))
 
 

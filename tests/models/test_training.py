@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from layouts import VOCAB, Case, Shape, build, make_case
+from layouts import VOCAB, Case, Shape, build, make_case, random_sinks
 from oracle import oracle_forward, oracle_loss
 from torch import Tensor, nn
 
@@ -85,10 +85,10 @@ def test_gradients_are_the_oracles(masses: tuple[str, str], keep_visual_queries:
     near(ours, truth)
 
 
-@pytest.mark.parametrize("mass", ["calibrated", "window_causal", "no window", "none kept"])
+@pytest.mark.parametrize("mass", ["sink", "window_causal", "no window", "none kept"])
 def test_gradients_of_other_plans(mass: str) -> None:
     plan = {
-        "calibrated": a_plan("calibrated", "calibrated", text_mass=torch.full((3, 4), 0.6)),
+        "sink": a_plan("sink", "sink", sinks=random_sinks(SHAPE, 0, with_b=True)),
         "window_causal": a_plan(window_causal=True),
         "no window": a_plan(window=None),
         "none kept": PruningPlan(torch.zeros(3, 4), window=5, head_mass="drop"),

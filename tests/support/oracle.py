@@ -123,8 +123,9 @@ def oracle_forward(
                     0 if b is None else (q_still * b[index].to(dtype)[:, None]).sum(-1)
                 )
                 count = sees_visual.sum(-1).to(dtype)  # (B, 1, query)
-                s = (s + (count / plan.sinks.tokens).log())[..., None]
-                lse = scores.masked_fill(~sees_text, -torch.inf).logsumexp(-1, True)
+                s = (s + (count.clamp(min=1) / plan.sinks.tokens).log())[..., None]
+                hidden = ~sees_text & sees_text.any(-1, keepdim=True)  # of no key at all: nan
+                lse = scores.masked_fill(hidden, -torch.inf).logsumexp(-1, True)
                 sinks = (count > 0)[..., None] & ~visual_query
                 blind = torch.where(sinks, torch.sigmoid(lse - s), 1) * blind
         kept = keep[index][None, :, None, None]
