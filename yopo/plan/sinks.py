@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -120,7 +121,7 @@ def from_block(
     repository that has their file. Raises ValueError for what cannot be, FileNotFoundError where
     the file is not; both say what to do."""
     if _UNREAD.get():
-        return Sinks([[0.0] * shape[1]] * shape[0])
+        return Sinks(torch.zeros(shape, device="cpu"))
     try:
         sinks = _read(block, checkpoint, revision)
     except ValueError as error:
