@@ -65,7 +65,7 @@ def naive(shape: Shape, case: Case) -> SimpleNamespace:
         own = (q * k).sum(-1).T / q.shape[-1] ** 0.5  # (H, n)
         whole = own - probabilities.double().diagonal(dim1=1, dim2=2).log()
         share = probabilities[:, behind][..., visual].double().sum(-1)
-        weight = share * (1 - share) + 1e-4
+        weight = share * (1 - share) + 0.03
         logits = whole[:, behind] + share.log() - before.log()
         sinks.append((weight * logits).sum(-1) / weight.sum(-1))
     norms = [layer.mlp.down_proj.weight.norm(dim=0) for layer in layers]
