@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from yopo.calibration.calibrate import Calibration, calibrate
     from yopo.calibration.config import RuleConfig, SearchConfig
+    from yopo.calibration.sink_fit import SinkFit, fit_sinks
     from yopo.models.attach import applied, apply, remove
     from yopo.models.parts import plan_of
     from yopo.plan import recipes
@@ -24,10 +25,12 @@ __all__ = [
     "PruningPlan",
     "RuleConfig",
     "SearchConfig",
+    "SinkFit",
     "__version__",
     "applied",
     "apply",
     "calibrate",
+    "fit_sinks",
     "plan_of",
     "recipes",
     "remove",
@@ -38,9 +41,11 @@ _HOME = {
     "PruningPlan": ".plan.pruning_plan",
     "RuleConfig": ".calibration.config",
     "SearchConfig": ".calibration.config",
+    "SinkFit": ".calibration.sink_fit",
     "applied": ".models.attach",
     "apply": ".models.attach",
     "calibrate": ".calibration.calibrate",
+    "fit_sinks": ".calibration.sink_fit",
     "plan_of": ".models.parts",
     "remove": ".models.attach",
 }

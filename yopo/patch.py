@@ -5,7 +5,7 @@ No name in transformers is replaced but AutoTokenizer's loader on 5.x, see llava
 model is asked in `post_init`, and once more at the end of `from_pretrained`, for those that do not
 come by it. So it does not matter whether LLaVA, or what else derives from transformers' classes,
 was imported before or after, and a model without a plan stays what it is. How plans go with
-adapters, once peft is imported, is peft_adapters.py's.
+adapters, once peft is imported, is peft_adapters.py's, and with saved configs saved_sinks.py's.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def enable() -> None:
     from yopo.models.attach import apply
     from yopo.models.building import prune_loaded
     from yopo.models.peft_adapters import accompany_adapters
+    from yopo.models.saved_sinks import accompany_configs
 
     stock = {name: vars(PreTrainedModel)[name] for name in _NAMES}
 
@@ -61,6 +62,7 @@ def enable() -> None:
         setattr(PreTrainedModel, name, method)
     llava_tokenizer.install()
     accompany_adapters(apply)
+    accompany_configs()
 
 
 def undo() -> None:
@@ -75,8 +77,10 @@ def undo() -> None:
         return
     # Not at the top: where enable() could not work it cannot be imported.
     from yopo.models.peft_adapters import leave_transformers
+    from yopo.models.saved_sinks import leave_configs
 
     leave_transformers()
+    leave_configs()
     for name in _NAMES:
         if vars(PreTrainedModel)[name] is _ours[name]:
             setattr(PreTrainedModel, name, _stock[name])

@@ -52,8 +52,9 @@ class Arm:
             return None
         sizes = (shape.num_hidden_layers, shape.num_attention_heads)
         plan = recipes.named_plan(self.plan, *sizes)
-        b = torch.zeros(*sizes, shape.head_dim)  # sinks cost the same whatever they are
-        return replace(plan, sinks=Sinks(torch.zeros(sizes), b)).with_mass(self.mass)
+        # Sinks cost the same whatever they are.
+        sinks = Sinks(torch.zeros(sizes), torch.zeros(*sizes, shape.head_dim))
+        return replace(plan, sinks=sinks).with_mass(self.mass)
 
 
 PLANS = ("25", "12")

@@ -8,6 +8,7 @@ import argparse
 import shutil
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,28 @@ from tower import train_tower
 from tqdm import trange
 from transformers import AutoTokenizer
 
-from yopo import PruningPlan, apply
+from yopo import PruningPlan, apply, fit_sinks
 from yopo.calibration.head_rule import released_head_keep, solve_alpha, visual_ratio
 
 LAYER_CUT, WINDOW, FFN_RATIO = 3, 5, 2
 KEPT_HEADS = 0.5  # of all, the first two layers' (which the released rule always keeps) included
 SAMPLES = 100  # for the head mask, as released
+SINK_SAMPLES = 200
+
+
+@torch.no_grad()
+def asked(
+    model: TinyLlava, stored: torch.Tensor, split: Split, prompts: Prompts, images: Iterable[int]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The language model's inputs for the first question about each image, and its answer."""
+    for image in images:
+        question, answer = split.turns[image][0]
+        ids = torch.tensor([prompts.question(question)])
+        rows = model.embed(stored[0, image, None].float(), ids)
+        place = torch.arange(rows.shape[1]) - len(prompts.system)
+        visual = (place >= 0) & (place < PATCHES_PER_SIDE**2)
+        ids = torch.tensor([prompts.answer(answer)])
+        yield {"inputs_embeds": rows, "visual_mask": visual[None], "answer_ids": ids}
 
 
 @torch.no_grad()
@@ -37,12 +54,8 @@ def head_ratios(
     """(samples, layers, heads): how much each head of the dense model looks at the image."""
     model.llama.set_attn_implementation("eager")  # the only one that returns its probabilities
     ratios = []
-    for image in trange(SAMPLES, desc="heads"):
-        question, _ = split.turns[image][0]
-        ids = torch.tensor([prompts.question(question)])
-        rows = model.embed(stored[0, image, None].float(), ids)
-        place = torch.arange(rows.shape[1]) - len(prompts.system)
-        visual = (place >= 0) & (place < PATCHES_PER_SIDE**2)
+    for sample in asked(model, stored, split, prompts, trange(SAMPLES, desc="heads")):
+        rows, visual = sample["inputs_embeds"], sample["visual_mask"][0]
         attentions = model.llama.model(inputs_embeds=rows, output_attentions=True).attentions
         ratios.append(visual_ratio((layer[0] for layer in attentions), visual))
     model.llama.set_attn_implementation("sdpa")
@@ -118,6 +131,13 @@ def main() -> None:
     )
     apply(model.llama, plan)
     learn("pruned", side=PATCHES_PER_SIDE, steps=share(100), batch=16, rate=5e-4, visual_mask=True)
+
+    # 6. What it has learnt under exact mass, at what drop costs.
+    samples = asked(model, stored, train, prompts, range(SINK_SAMPLES))
+    fit = fit_sinks(model.llama, samples, progress=True)
+    print(fit)
+    apply(model.llama, fit.plan)
+    fit.plan.sinks.save(pruned)
     extra = {"sprompt_len": len(prompts.system), "yopo": model.llama.config.yopo}
     write_text_files(pruned, VOCABULARY, extra)
     shutil.copy(dense / "tokenizer.model", pruned)

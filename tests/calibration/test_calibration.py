@@ -24,6 +24,7 @@ from yopo.calibration.divergence import divergence, references
 from yopo.calibration.head_rule import released_head_keep
 from yopo.calibration.sample_split import split_for
 from yopo.calibration.sample_statistics import Statistics
+from yopo.calibration.sink_fit import fit_sinks
 from yopo.checkpoint import neuron_order
 from yopo.errors import CannotGoOn
 from yopo.models.attach import ffn_order_of
@@ -68,24 +69,24 @@ def test_what_is_chosen_by_hand_is_in_the_plan() -> None:
         mass="exact/drop",
     ).plan
     assert (plan.layer_cut, plan.window, plan.window_causal, plan.ffn_ratio) == (3, None, True, 3)
-    assert (plan.head_mass, plan.cut_mass, plan.text_mass) == ("exact", "drop", None)
+    assert (plan.head_mass, plan.cut_mass, plan.sinks) == ("exact", "drop", None)
 
 
-def test_the_calibrated_constant_is_exact_s_where_there_is_one_query_to_fit() -> None:
-    # One layer, one text token behind the image: its share is the constant, so the outputs of both
-    # masses are the same; those of drop are not.
+def test_the_constant_sink_is_exact_s_where_there_is_one_query_to_fit() -> None:
+    # One layer, one text token behind the image: the sink is its log-sum-exp over the image, so the
+    # outputs of both masses are the same; those of drop are not.
     one = Shape(layers=1)
     model, given = build(one), sample(0, one, after=1)
     statistics = collect(model, [given])
     plans = {
         mass: yopo.calibrate(model, statistics=statistics, alpha=9.0, layer_cut=0, mass=mass).plan
-        for mass in ("exact", "calibrated", "drop")
+        for mass in ("exact", "sink", "drop")
     }
     logits = {}
     with torch.no_grad():
         for mass, plan in plans.items():
             logits[mass] = yopo.apply(model, plan)(**given).logits[0, -1]
-    torch.testing.assert_close(logits["calibrated"], logits["exact"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits["sink"], logits["exact"], rtol=1e-4, atol=1e-5)
     assert (logits["drop"] - logits["exact"]).abs().max() > 0.1
 
 
@@ -131,9 +132,10 @@ def test_samples_may_come_one_by_one_and_be_limited() -> None:
         ({"evaluations": 9}, "evaluations is given without budget"),
         ({"budget": 0.5, "evaluations": 0}, "evaluations is 0"),
         ({"limit": 0}, "limit is 0"),
-        ({"fit_mass": 0}, "fit_mass takes a number of steps from 1"),
-        ({"fit_mass": 5, "mass": "drop"}, "fit_mass fits the constants of calibrated mass"),
-        ({"fit_mass": 5}, "0 samples: a search holds every second out"),
+        ({"tune_sinks": 0}, "tune_sinks takes a number of steps from 1"),
+        ({"tune_sinks": 5, "mass": "drop"}, "tune_sinks tunes sinks, but mass is drop"),
+        ({"tune_sinks": 5}, "tune_sinks is given, but no samples"),
+        ({"budget": 0.5}, "0 samples: a search holds every second out"),
         ({"statistics_path": "x"}, "statistics and statistics_path are both given"),
     ],
 )
@@ -168,7 +170,7 @@ def test_nothing_imported_takes_the_function_s_name() -> None:
 def test_a_plan_made_is_one_that_can_be_applied() -> None:
     model = build(SHAPE)
     made = yopo.calibrate(model, [sample(0)])
-    assert isinstance(made.plan, PruningPlan) and made.plan.text_mass is not None
+    assert isinstance(made.plan, PruningPlan) and made.plan.sinks is not None
     with torch.no_grad():
         assert torch.isfinite(yopo.apply(model, made.plan)(**sample(1)).logits).all()
 
@@ -195,7 +197,7 @@ def test_neurons_stay_unless_asked_and_then_the_order_is_the_one_put_on_the_mode
     moved = yopo.calibrate(model, samples, reorder_neurons=True)
     assert torch.equal(moved.neuron_order, neurons.ranked(kept.statistics))
     assert moved.plan.ffn_order == neuron_order.checksum(moved.neuron_order)
-    assert moved.plan == replace(kept.plan, ffn_order=moved.plan.ffn_order)
+    assert moved.plan == replace(kept.plan, ffn_order=moved.plan.ffn_order, sinks=moved.plan.sinks)
     assert moved.statistics.model == kept.statistics.model  # of the model as it was given
     for layer, places in enumerate(moved.neuron_order):
         name = f"model.layers.{layer}.mlp.up_proj.weight"
@@ -255,8 +257,8 @@ def test_the_report_of_a_rule_says_what_its_questions_are() -> None:
     again = yopo.calibrate(model, samples, statistics=made.statistics)
     assert "3 questions of those given" in str(again.report)
     bare = yopo.calibrate(model, statistics=made.statistics)
-    assert bare.plan == again.plan and bare.report.judged is None
-    assert len(bare.report.lines()) == 2  # alpha and the plan
+    assert bare.plan == replace(again.plan, sinks=made.statistics.sinks())
+    assert bare.report.judged is None and len(bare.report.lines()) == 2  # alpha and the plan
 
 
 def test_a_call_goes_on_from_the_statistics_that_it_keeps(tmp_path: Path) -> None:
@@ -282,14 +284,25 @@ def test_a_call_goes_on_from_the_statistics_that_it_keeps(tmp_path: Path) -> Non
         yopo.calibrate(model, samples, statistics_path=path)
 
 
-def test_constants_are_fitted_to_the_samples_taken_and_judged_by_others() -> None:
-    model, samples = build(SHAPE), [sample(seed) for seed in range(8)]
-    plain = yopo.calibrate(model, samples[::2])
-    fitted = yopo.calibrate(model, samples, fit_mass=6)
-    assert torch.equal(plain.plan.head_keep, fitted.plan.head_keep)
-    known = references(model, [one for i, one in enumerate(samples[1::2]) if i % 3 != 2])
-    before, after = (divergence(model, one.plan, known).kl.mean() for one in (plain, fitted))
-    assert after < before and fitted.report.judged == 1
+def test_sinks_are_fitted_to_the_plan_found_from_the_samples_taken() -> None:
+    model, samples = build(SHAPE), [sample(seed) for seed in range(16)]
+    made = yopo.calibrate(model, samples, budget=0.4, evaluations=7)
+    searched = made.report.search.plan
+    assert searched.sinks == made.statistics.sinks()
+    fit = fit_sinks(model, samples[::2], searched, target="dense")
+    assert made.plan == fit.plan == replace(searched, sinks=made.plan.sinks)
+    assert made.plan.sinks.b is not None and str(fit) in str(made.report)
+    streamed = yopo.calibrate(model, (one for one in samples), tune_sinks=3)
+    assert streamed.report.sinks.samples == 16
+    whole = yopo.calibrate(model, samples)
+    assert replace(streamed.plan, sinks=whole.plan.sinks) == whole.plan
+
+
+def test_a_mass_without_sinks_gets_none() -> None:
+    made = yopo.calibrate(build(SHAPE), [sample(0)], mass="exact/drop")
+    assert made.plan.sinks is None and made.report.sinks is None
+    half = yopo.calibrate(build(SHAPE), [sample(0)], mass="sink/drop").plan
+    assert (half.head_mass, half.cut_mass) == ("sink", "drop") and half.sinks is not None
 
 
 def test_samples_are_made_when_they_are_asked_for() -> None:

@@ -46,7 +46,7 @@ def test_statistics_are_those_of_stock_s_attention_maps(data: st.DataObject) -> 
     found, expected = collect(build(shape), [inputs(case)]), naive(shape, case)
     close(found.ratios[0], expected.ratios)
     close(found.visual_mass[0], expected.visual_mass)
-    close(found.text_mass(), expected.text_mass)
+    close(found.sinks().a, expected.sinks, 1e-4)
     close(found.ffn_use, expected.ffn_use)
     assert found.text_tokens.tolist() == [expected.text_tokens]
     assert found.visual_tokens.tolist() == [int(case.visual.sum())]
@@ -57,7 +57,7 @@ def test_blocks_of_queries_make_no_difference(monkeypatch: pytest.MonkeyPatch) -
     whole = collect(model, one)
     monkeypatch.setattr(collecting, "BLOCK", 5 * SHAPE.heads * 18)  # five queries at a time
     blocks = collect(model, one)
-    for name in ("ratios", "visual_mass", "text_share"):
+    for name in ("ratios", "visual_mass", "sink_sums"):
         close(getattr(blocks, name), getattr(whole, name))
 
 
@@ -101,7 +101,7 @@ def test_the_model_is_left_as_it_was(before: str | None) -> None:
 
 def test_a_plan_does_not_change_what_is_measured() -> None:
     dense, pruned = (collect(build(SHAPE, plan), [sample(0)]) for plan in (None, a_plan()))
-    for name in ("ratios", "visual_mass", "text_share", "ffn_use", "influence"):
+    for name in ("ratios", "visual_mass", "sink_sums", "ffn_use", "influence"):
         assert torch.equal(getattr(dense, name), getattr(pruned, name))
 
 
@@ -136,7 +136,7 @@ def test_an_interrupted_run_goes_on_and_equals_an_uninterrupted_one(tmp_path: Pa
     whole = collect(build(SHAPE), [sample(seed) for seed in range(5)])
     for found in (resumed, Statistics.load(path)):
         assert found.samples == whole.samples
-        for name in ("ratios", "visual_mass", "text_share", "ffn_use"):
+        for name in ("ratios", "visual_mass", "sink_sums", "ffn_use"):
             assert torch.equal(getattr(found, name), getattr(whole, name)), name
 
 

@@ -27,13 +27,12 @@ def test_a_file_holds_all_of_it(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_calibrated_constants_are_means_weighted_by_what_the_heads_give() -> None:
-    # Two samples: sums of m·w and of w. Head 0: (3·1 + 1·0) / 4; head 1: no output ever; head 2
-    # above 1, by rounding only.
-    share = torch.tensor([[[[3.0, 0, 1.00001]], [[3, 0, 1]]], [[[0, 0, 2]], [[1, 0, 2]]]])
-    one = replace(made_up(2, 1, 3), text_share=share)
-    torch.testing.assert_close(one.text_mass(), torch.tensor([[0.75, 1.0, 1.0]]))
-    assert one.text_mass().max() <= 1
+def test_constant_sinks_are_weighted_means_over_the_samples() -> None:
+    # Two samples: sums of w·x and of w. Head 0: (3·1 - 1·2) / 4.
+    sums = torch.tensor([[[[3.0, 0]], [[3, 0.5]]], [[[-2, 1]], [[1, 0.5]]]])
+    sinks = replace(made_up(2, 1, 2), sink_sums=sums).sinks()
+    torch.testing.assert_close(sinks.a, torch.tensor([[0.25, 1.0]]))
+    assert sinks.b is None and sinks.tokens == 1
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other", "format"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import random_llava
 import torch
 from layouts import needs_float16
 from random_llava import HEADS, LAYERS
+from safetensors.torch import load_file
 
 import yopo
 from yopo.calibration import neurons
@@ -21,6 +24,7 @@ from yopo.calibration.sample_statistics import Statistics
 from yopo.checkpoint import neuron_order
 from yopo.commands.command_line import main
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.plan.sinks import FILE, Sinks
 from yopo.prompts import load
 from yopo.prompts.questions import Samples, read_questions
 
@@ -77,7 +81,7 @@ def loaded(folder: Path) -> Any:
 def test_the_folder_made_is_a_checkpoint_with_the_plan(
     run: Any, work: Path, tmp_path: Path
 ) -> None:
-    code, out, _ = run(keep=0.75, mass="calibrated")
+    code, out, _ = run(keep=0.75)
     made = tmp_path / "llava-v1-pruned"
     assert code == 0 and "12 questions, 0 passed over" in out and f"written: {made}" in out
     statistics = Statistics.load(made / STATISTICS)
@@ -85,11 +89,13 @@ def test_the_folder_made_is_a_checkpoint_with_the_plan(
     dense = loaded(work / "llava-v1-random")
     statistics.check(dense)
     plan = PruningPlan.from_config(json.loads((made / "config.json").read_text()))
-    expected = yopo.calibrate(dense, statistics=statistics, keep=0.75).plan
+    expected = yopo.calibrate(dense, statistics=statistics, keep=0.75, mass="drop").plan
     order = neurons.ranked(statistics)
     assert (plan.head_keep, plan.window) != (None, None)
     assert torch.equal(plan.head_keep, expected.head_keep)
-    assert torch.equal(plan.text_mass, expected.text_mass)
+    assert plan.sinks.b is not None and (plan.head_mass, plan.cut_mass) == ("sink", "sink")
+    assert plan.sinks == Sinks(**load_file(made / FILE), tokens=16)
+    assert "sinks fitted to 12 samples: KL from the dense model" in out
     assert plan.ffn_order == neuron_order.checksum(order)
     assert torch.equal(torch.from_numpy(mask_in(made)), plan.head_keep)
     pruned = loaded(made)
@@ -154,18 +160,14 @@ def test_a_budget_is_searched_and_what_was_tried_is_written(run: Any, tmp_path: 
         assert picture.size[0] > 500 and len(picture.convert("L").getcolors()) > 10
 
 
-def test_constants_are_fitted_where_asked(run: Any, tmp_path: Path) -> None:
-    plain, fitted = tmp_path / "llava-plain", tmp_path / "llava-fitted"
-    outs = [run(out=plain)[1], run(out=fitted, fit_mass=6)[1]]
-    assert "12 questions of those that the statistics were taken of: " in outs[0]
-    assert "2 questions held out, by which the plan was not chosen: " in outs[1]
-    assert len(Statistics.load(fitted / STATISTICS)) == 6
-    masses = [
-        PruningPlan.from_config(json.loads((folder / "config.json").read_text())).text_mass
-        for folder in (plain, fitted)
-    ]
-    assert all(mass.min() >= 0 and mass.max() <= 1 for mass in masses)
-    assert not torch.equal(*masses)
+def test_sinks_are_tuned_where_asked(run: Any, tmp_path: Path) -> None:
+    plain, tuned = tmp_path / "llava-plain", tmp_path / "llava-tuned"
+    outs = [run(out=plain)[1], run(out=tuned, tune=6)[1]]
+    assert all("12 questions of those that the statistics were taken of: " in out for out in outs)
+    plans = [PruningPlan.load(folder) for folder in (plain, tuned)]
+    assert replace(plans[0], sinks=plans[1].sinks) == plans[1]
+    kl = [float(re.search(r"([\d.e-]+) with them", out)[1]) for out in outs]
+    assert kl[1] <= kl[0]
 
 
 def test_it_says_in_which_layers_the_image_still_matters(run: Any, tmp_path: Path) -> None:
@@ -269,8 +271,9 @@ def refused(run: Any, tmp_path: Path, **changes: Any) -> str:
         ({"keep": 2}, "--keep is 2; allowed"),
         ({"layer_cut": 9}, "layer_cut is 9; allowed: whole numbers from 0 to 3"),
         ({"mass": "soft"}, "--mass is 'soft'; allowed"),
-        ({"fit_mass": 0}, "--fit-mass takes a number of steps from 1"),
-        ({"fit_mass": 5, "mass": "drop"}, "--fit-mass fits the constants of calibrated mass"),
+        ({"tune": 0}, "--tune takes a number of steps from 1"),
+        ({"tune": 5, "mass": "drop"}, "--tune tunes sinks, but --mass is drop"),
+        ({"tune": 5, "data": None, "statistics": "x"}, "--tune needs --data"),
         ({"samples": 0}, "--samples is 0"),
         ({"samples": 1, "budget": 0.5}, "1 samples: a search holds every second out"),
         ({"evaluations": 0}, "--evaluations is 0"),

@@ -101,13 +101,13 @@ def test_a_checkpoints_own_plan(
     monkeypatch.chdir(TINY.parents[3])  # its vision tower is named from there
     own = as_json(capsys, str(TINY))
     assert own == as_json(capsys, "--model", str(TINY))
-    assert own["plan"]["head_mass"] == "exact" and own["plan"]["kept_heads"] == 13
+    assert own["plan"]["head_mass"] == "sink" and own["plan"]["kept_heads"] == 13
     assert own["prompt"]["visual_tokens"] == 576
     dropped = as_json(capsys, str(TINY), "--mass", "drop")
-    assert dropped["kv_bytes"]["pruned"]["visual"] < own["kv_bytes"]["pruned"]["visual"]
-    sink = as_json(capsys, str(TINY), "--mass", "sink")
-    assert sink["kv_bytes"]["pruned"] == dropped["kv_bytes"]["pruned"]
-    assert 1 < sink["prefill"]["pruned"]["total"] / dropped["prefill"]["pruned"]["total"] < 1.01
+    exact = as_json(capsys, str(TINY), "--mass", "exact")
+    assert dropped["kv_bytes"]["pruned"]["visual"] < exact["kv_bytes"]["pruned"]["visual"]
+    assert own["kv_bytes"]["pruned"] == dropped["kv_bytes"]["pruned"]
+    assert 1 < own["prefill"]["pruned"]["total"] / dropped["prefill"]["pruned"]["total"] < 1.01
     none = as_json(capsys, str(TINY), "--plan", "none")
     assert none["plan"] is None and none["paper_convention"]["pruned_tflops"] is None
     assert none["prefill"]["dense"] == own["prefill"]["dense"]

@@ -287,7 +287,7 @@ def test_without_a_plan_nothing_is_pruned_and_masses_are_refused(
     [
         (["--mass", "half"], "--mass is 'half'; allowed"),
         (["--mass", ""], "--mass is ''; allowed"),
-        (["--mass", "calibrated"], "has no calibrated text_mass"),
+        (["--mass", "sink"], "has no sinks; fit them: python -m yopo sinks CHECKPOINT --data FILE"),
         (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
     ],
 )

@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from family_checks import TOLERANCE, a_plan, check, compare, later, mixed, rows, run, same, truth
+from family_checks import (
+    TOLERANCE,
+    a_plan,
+    check,
+    compare,
+    later,
+    mixed,
+    rows,
+    run,
+    same,
+    truth,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import Shape, plans

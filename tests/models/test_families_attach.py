@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from family_checks import a_plan, check, compare, later, mixed, run, same, truth
+from family_checks import a_plan, check, compare, later, mixed, run, same, some_sinks, truth
 from golden_files import close, one_image, read
 from random_families import (
     HEADS,
@@ -44,7 +44,6 @@ from yopo.models import families
 from yopo.models.told import during, told
 from yopo.plan import recipes as semantics
 from yopo.plan.pruning_plan import PruningPlan
-from yopo.plan.sinks import Sinks
 from yopo.versions import CACHE_FIELD
 
 every_kind = pytest.mark.parametrize("kind", [pytest.param(KINDS[n], id=n) for n in HERE])
@@ -189,7 +188,7 @@ def stack_part(name: str, kind: Kind) -> bool:
 @pytest.mark.feature("save, load, yopo.patch")
 @every_kind
 def test_a_saved_plan_comes_back(kind: Kind, patch: Any, tmp_path: Path) -> None:
-    plan = a_plan(cut_mass="sink", sinks=Sinks(torch.rand(LAYERS, HEADS)))
+    plan = a_plan(cut_mass="sink", sinks=some_sinks(kind))
     patch.undo()
     model, dense = yopo.apply(build(kind), plan), logits(build(kind), kind)
     pruned = logits(model, kind)

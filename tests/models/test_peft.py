@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from family_checks import a_plan, mixed
+from family_checks import a_plan, mixed, some_sinks
 from random_families import HERE, KINDS, build, make, stack_of
 from torch import Tensor, nn
 
@@ -337,6 +337,19 @@ def test_transformers_own_adapters_take_the_plan_along(
     model.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "adapter_config.json").exists()
     assert runs_as(by_peft(tmp_path / "again").eval(), PLAN, answer)
+
+
+def test_sinks_come_with_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = a_plan(head_mass="sink", cut_mass="sink", sinks=some_sinks(KIND))
+    adapted = with_lora(base(plan))
+    found = logits(adapted)
+    adapted.save_pretrained(tmp_path / "by peft")
+    monkeypatch.setattr("yopo.plan.sinks._NAMED", {})  # they must come from the files
+    loaded = by_transformers(tmp_path / "by peft").eval()
+    assert runs_as(loaded, plan, found)
+    loaded.save_pretrained(tmp_path / "by transformers")
+    monkeypatch.setattr("yopo.plan.sinks._NAMED", {})
+    assert runs_as(by_peft(tmp_path / "by transformers").eval(), plan, found)
 
 
 def test_a_model_under_the_plan_already_keeps_it(folders: dict[str, Path], answer: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from layouts import VOCAB, Shape, build, make_case
+from layouts import VOCAB, Shape, build, make_case, random_sinks
 from oracle import oracle_forward
 from torch import Tensor
 
@@ -18,7 +18,6 @@ from yopo import apply, plan_of, remove
 from yopo.modeling_llama_prune import LlamaForCausalLM
 from yopo.models.told import call
 from yopo.plan.pruning_plan import PruningPlan
-from yopo.plan.sinks import Sinks
 from yopo.versions import CACHE_FIELD
 
 SHAPE = Shape(attention_bias=True)
@@ -214,7 +213,7 @@ def test_apply_refuses_a_plan_of_another_shape() -> None:
 @pytest.mark.parametrize("route", ["config", "apply"])
 @torch.no_grad()
 def test_saved_and_loaded(tmp_path: Path, route: str) -> None:
-    plan = a_plan(cut_mass="sink", sinks=Sinks(torch.rand(3, 4)))
+    plan = a_plan(cut_mass="sink", sinks=random_sinks(SHAPE, 0, with_b=True))
     if route == "config":
         model = build(SHAPE, plan)
     else:

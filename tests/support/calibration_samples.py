@@ -37,10 +37,12 @@ def naive(shape: Shape, case: Case) -> SimpleNamespace:
     model, visual = eager(shape), case.visual[0]
     layers = model.model.layers
     hidden: list[Tensor] = []
-    values: list[Tensor] = []
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
     for layer in layers:
         layer.mlp.down_proj.register_forward_pre_hook(lambda m, args: hidden.append(args[0][0]))
-        layer.self_attn.v_proj.register_forward_hook(lambda m, args, out: values.append(out[0]))
+        layer.self_attn.q_proj.register_forward_hook(lambda m, args, out: queries.append(out[0]))
+        layer.self_attn.k_proj.register_forward_hook(lambda m, args, out: keys.append(out[0]))
     with torch.no_grad():
         out = model(
             inputs_embeds=case.inputs_embeds,
@@ -52,22 +54,25 @@ def naive(shape: Shape, case: Case) -> SimpleNamespace:
     maps = [layer[0] for layer in out.attentions]
     behind = ~visual & (visual.cumsum(0) > 0)
     mass = [layer[:, behind][..., visual].sum(-1) for layer in maps]  # (H, queries)
-    text_mass = []
-    for probabilities, v in zip(maps, values, strict=True):
-        v = v.unflatten(-1, (shape.kv_heads, -1)).transpose(0, 1)
-        v = v.repeat_interleave(shape.heads // shape.kv_heads, 0)  # (H, n, D)
-        rows = probabilities[:, behind].double()
-        text = rows.masked_fill(visual, 0)
-        share = text.sum(-1, keepdim=True)
-        text_only, dense = text / share @ v.double(), rows @ v.double()
-        assert text_only.shape == dense.shape
-        weight = text_only.square().sum(-1)
-        text_mass.append((share[..., 0] * weight).sum(-1) / weight.sum(-1))
+    sinks = []
+    before = visual.cumsum(0)[behind].double()
+    for probabilities, q, k in zip(maps, queries, keys, strict=True):
+        q = q.unflatten(-1, (shape.heads, -1)).double()
+        k = k.unflatten(-1, (shape.kv_heads, -1)).double()
+        k = k.repeat_interleave(shape.heads // shape.kv_heads, 1)
+        # A token's score with itself, at which both rotations are the same, and its probability
+        # give the log-sum-exp of all its scores.
+        own = (q * k).sum(-1).T / q.shape[-1] ** 0.5  # (H, n)
+        whole = own - probabilities.double().diagonal(dim1=1, dim2=2).log()
+        share = probabilities[:, behind][..., visual].double().sum(-1)
+        weight = share * (1 - share) + 0.03
+        logits = whole[:, behind] + share.log() - before.log()
+        sinks.append((weight * logits).sum(-1) / weight.sum(-1))
     norms = [layer.mlp.down_proj.weight.norm(dim=0) for layer in layers]
     return SimpleNamespace(
         ratios=visual_ratio(maps, visual),
         visual_mass=torch.stack([layer.mean(-1) for layer in mass]),
-        text_mass=torch.stack(text_mass),
+        sinks=torch.stack(sinks),
         text_tokens=int(behind.sum()),
         ffn_use=torch.stack(
             [(h[visual].abs() * n).sum(0) for h, n in zip(hidden, norms, strict=True)]

@@ -13,13 +13,16 @@ from random_families import (
     Kind,
     Segment,
     angles,
+    config,
     into_stack,
     seen_by_oracle,
 )
 from torch import Tensor
 
 import yopo
+from yopo.plan.config_fields import head_dim
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.plan.sinks import Sinks
 
 KEEP = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1], [1, 1, 1, 0]])
 
@@ -29,6 +32,13 @@ TOLERANCE = 1e-4
 
 def a_plan(**changes: Any) -> PruningPlan:
     return PruningPlan(KEEP, **(dict(window=3, layer_cut=2, ffn_ratio=2) | changes))
+
+
+def some_sinks(kind: Kind) -> Sinks:
+    """For `a_plan` of that kind."""
+    generator = torch.Generator().manual_seed(2)
+    dim = head_dim(config(kind))
+    return Sinks(*(torch.randn(*KEEP.shape, *more, generator=generator) for more in ((), (dim,))))
 
 
 def mixed(kind: Kind) -> list[list[Segment]]:

@@ -19,7 +19,7 @@ def made_up(samples: int = 3, layers: int = 3, heads: int = 4, neurons: int = 24
         samples=tuple(f"{i:016x}" for i in range(samples)),
         ratios=random(samples, layers, heads),
         visual_mass=random(samples, layers, heads),
-        text_share=random(samples, 2, layers, heads),
+        sink_sums=random(samples, 2, layers, heads),
         text_tokens=torch.arange(samples),
         visual_tokens=torch.arange(samples) + 9,
         influence=random(samples, layers),

@@ -123,13 +123,11 @@ def oracle_forward(
                 if b is not None:
                     s = s + (q_still * b[index].to(dtype)[:, None]).sum(-1)
                 count = sees_visual.sum(-1).to(dtype)  # (B, 1, query)
-                shift = (
-                    0
-                    if plan.sinks.tokens is None
-                    else (count.clamp(min=1) / plan.sinks.tokens).log()
-                )
-                s = (s + shift)[..., None]
-                lse = scores.masked_fill(~sees_text, torch.finfo(dtype).min).logsumexp(-1, True)
+                if plan.sinks.tokens is not None:
+                    s = s + (count.clamp(min=1) / plan.sinks.tokens).log()
+                s = s[..., None]
+                hidden = ~sees_text & sees_text.any(-1, keepdim=True)  # of no key at all: nan
+                lse = scores.masked_fill(hidden, -torch.inf).logsumexp(-1, True)
                 sinks = (count > 0)[..., None] & ~visual_query
                 blind = torch.where(sinks, torch.sigmoid(lse - s), 1) * blind
         kept = keep[index][None, :, None, None]

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from yopo.counting.flops import Prompt, prefill_flops
-from yopo.engine.layer_plan import head_sizes
+from yopo.plan.config_fields import head_sizes
 from yopo.plan.pruning_plan import PruningPlan
 
 

@@ -1,7 +1,7 @@
 """`yopo.calibrate`: from a model and samples to a plan, and to all that was found on the way. Puts
 the parts together: statistics (collect.py), a rule for heads (head_rule.py) or a search within a
-budget (search.py), the order of FFN neurons (neurons.py), fitted constants (mass_fit.py), what the
-plan changes (divergence.py). Reads and writes no file but that of the statistics.
+budget (search.py), the order of FFN neurons (neurons.py), sinks fitted to the plan (sink_fit.py),
+what the plan changes (divergence.py). Reads and writes no file but that of the statistics.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from yopo.calibration.collect import collect
 from yopo.calibration.config import RuleConfig, SearchConfig, config_of
 from yopo.calibration.divergence import divergence, references
 from yopo.calibration.head_rule import plan_by_rule
-from yopo.calibration.mass_fit import fit_text_mass
 from yopo.calibration.sample_split import SampleSplit, split_for
 from yopo.calibration.sample_statistics import Statistics
 from yopo.calibration.search import search
+from yopo.calibration.sink_fit import fit_sinks
 from yopo.checkpoint.neuron_order import checksum
 from yopo.models.attach import ffn_order_of
 from yopo.models.trial import decoder_of
@@ -65,9 +65,9 @@ def calibrate(
     config: a RuleConfig or a SearchConfig; or their fields as `settings`: with `budget` the plan
         under which answers change least, of those that take at most this share of the dense model's
         visual FLOPs; without, the plan by a rule for heads.
-    held_out: other samples, by whose answers a search chooses and constants are fitted; None: every
-        second sample, of which no statistics are taken then. Every third of those held out judges
-        the plan and chooses nothing.
+    held_out: other samples, by whose answers a search chooses; None: every second sample, of which
+        no statistics are taken then. Every third of those held out judges the plan and chooses
+        nothing.
     statistics: of this model, in place of taking them. statistics_path: a file that is kept up to
         date with them: the same call goes on from where it was stopped.
     tell: is given each line of the report as soon as it is known.
@@ -93,7 +93,7 @@ def calibrate(
     statistics.check(model)
     order, seen = run.reorder(statistics)
     try:
-        plan = run.choose(seen)
+        plan = run.fit(run.choose(seen))
         run.judge(plan)
     except BaseException:
         if order is not None:
@@ -148,7 +148,7 @@ class _Run:
             ) from error
 
     def choose(self, statistics: Statistics) -> PruningPlan:
-        """The plan by the rule or the search, and its constants fitted where that is asked."""
+        """The plan by the rule or the search, its sinks those of the statistics."""
         model, config = self.model, self.config
         known = references(model, self.split.choosing, config.answer_tokens)
         if isinstance(config, SearchConfig):
@@ -158,11 +158,29 @@ class _Run:
         else:
             plan, alpha = plan_by_rule(statistics, config)
             self.report.add(alpha=alpha)
-        if config.fit_mass is not None:
-            answers = references(model, self.split.taken, config.answer_tokens)
-            plan = fit_text_mass(model, plan, answers, known, config.fit_mass, self.progress)
         self.report.add(plan=plan)
         return plan
+
+    def fit(self, plan: PruningPlan) -> PruningPlan:
+        """`plan` with sinks fitted to it; as it is where it has none, or there are no samples."""
+        samples, config = self.split.fitting, self.config
+        if plan.sinks is None:
+            return plan
+        if not len(samples):
+            if config.tune_sinks is not None:
+                raise ValueError("tune_sinks is given, but no samples to tune by")
+            return plan
+        fit = fit_sinks(
+            self.model,
+            samples,
+            plan,
+            target="dense",
+            tune=config.tune_sinks,
+            answer_tokens=config.answer_tokens,
+            progress=self.progress,
+        )
+        self.report.add(sinks=fit, plan=fit.plan)
+        return fit.plan
 
     def judge(self, plan: PruningPlan) -> None:
         """Reports what `plan` changes of the answers to the samples that judge it."""

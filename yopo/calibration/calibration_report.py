@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from yopo.calibration.search import Found
+from yopo.calibration.sink_fit import SinkFit
 from yopo.plan.pruning_plan import PruningPlan
 
 FEW = 20  # of fewer questions judged by, a note says that they tell little
@@ -20,7 +21,8 @@ class Report:
     samples: how many the statistics are of. file: theirs, where it had more than are given now.
     influence: for each layer, KL (nats) of the next token's distribution from the dense model's if
         the visual tokens leave there, averaged over the samples.
-    alpha: the threshold of the rule. search: every plan that a search tried.
+    alpha: the threshold of the rule. search: every plan that a search tried. sinks: fitted to the
+        plan; None: none were.
     judged: answers that the plan was judged by, which are `judges`. visual_flops: its share of the
         dense model's on these. same: share of them that is as the dense model's. kl: nats a token.
     """
@@ -31,6 +33,7 @@ class Report:
     alpha: float | None = None
     search: Found | None = None
     plan: PruningPlan | None = None
+    sinks: SinkFit | None = None
     judged: int | None = None
     judges: str | None = None
     visual_flops: float | None = None
@@ -57,6 +60,8 @@ class Report:
             lines.append(f"alpha: {self.alpha:.4g}")
         if self.plan is not None:
             lines.append(f"plan: {self.plan.summary()}")
+        if self.sinks is not None:
+            lines.append(str(self.sinks))
         if self.judged is not None:
             lines.append(
                 f"visual FLOPs: {100 * self.visual_flops:.1f} % of the dense model's. "

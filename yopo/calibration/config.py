@@ -22,7 +22,7 @@ class CalibrationConfig:
     """What both ways to a plan have in common.
 
     mass: HEAD[/CUT], the plan's head_mass and cut_mass.
-    fit_mass: so many steps fit the constants of calibrated mass to the plan (mass_fit.py).
+    tune_sinks: so many steps move the sinks fitted to the plan by gradient (sink_tuning.py).
     reorder_neurons: FFN neurons are put in the order of their use by visual tokens, in place.
     influence: also measure how much visual tokens still matter after each layer, which takes about
         as long as the other statistics.
@@ -33,8 +33,8 @@ class CalibrationConfig:
     Raises ValueError that names the setting, its value and what is allowed.
     """
 
-    mass: str = "calibrated"
-    fit_mass: int | None = None
+    mass: str = "sink"
+    tune_sinks: int | None = None
     reorder_neurons: bool = False
     influence: bool = False
     limit: int | None = None
@@ -45,12 +45,11 @@ class CalibrationConfig:
         from yopo.plan.pruning_plan import split_masses  # with torch: a parser needs RULES alone
 
         masses = split_masses(self.mass, called("mass"))
-        if self.fit_mass is not None and self.fit_mass < 1:
-            raise ValueError(f"{called('fit_mass')} takes a number of steps from 1")
-        if self.fit_mass is not None and "calibrated" not in masses:
+        if self.tune_sinks is not None and self.tune_sinks < 1:
+            raise ValueError(f"{called('tune_sinks')} takes a number of steps from 1")
+        if self.tune_sinks is not None and "sink" not in masses:
             raise ValueError(
-                f"{called('fit_mass')} fits the constants of calibrated mass; {called('mass')} is "
-                f"{self.mass}"
+                f"{called('tune_sinks')} tunes sinks, but {called('mass')} is {self.mass}"
             )
         for name in ("limit", "answer_tokens"):
             value = getattr(self, name)
@@ -62,16 +61,16 @@ class CalibrationConfig:
 
     @property
     def holds_out(self) -> bool:
-        """Whether a plan is chosen, or constants are fitted, by answers to samples held out."""
-        return self.fit_mass is not None
+        """Whether a plan is chosen by answers to samples held out."""
+        return False
 
     def mass_fields(self, statistics: Statistics) -> dict[str, Any]:
         """The fields of a plan that say where the visual mass goes."""
         from yopo.plan.pruning_plan import split_masses
 
         masses = split_masses(self.mass)
-        constants = statistics.text_mass() if "calibrated" in masses else None
-        return {"head_mass": masses[0], "cut_mass": masses[1], "text_mass": constants}
+        sinks = statistics.sinks() if "sink" in masses else None
+        return {"head_mass": masses[0], "cut_mass": masses[1], "sinks": sinks}
 
 
 @dataclass(frozen=True, kw_only=True)

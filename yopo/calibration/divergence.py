@@ -7,7 +7,8 @@ greedily. Runs models; decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,9 +53,11 @@ def references(
     samples: Iterable[Sample],
     answer_tokens: int = 16,
     plan: PruningPlan | None = None,
+    watching: Callable[[int], AbstractContextManager[Any]] = nullcontext,
 ) -> list[Reference]:
     """The dense `model` (whatever its plan), or the model under `plan`, on `samples`; where one has
-    no answer, at most `answer_tokens` greedy tokens are."""
+    no answer, at most `answer_tokens` greedy tokens are. watching: gets the number of a sample, and
+    gives the context in which its prompt and answer go through the model."""
     made = []
     with under(model, plan):
         for index, sample in enumerate(samples):
@@ -67,7 +70,8 @@ def references(
                     f"{ANSWER} has shape {tuple(answer.shape)}; allowed: (1, tokens), not empty"
                 )
             longer = with_answer(model, inputs, answer[:, :-1])
-            out = model(**longer, use_cache=True)
+            with watching(index):
+                out = model(**longer, use_cache=True)
             dense = out.logits[0, -answer.shape[1] :].float().log_softmax(-1)
             if not bool(dense.isfinite().all()):
                 raise ValueError(
@@ -96,6 +100,11 @@ def divergence(model: nn.Module, plan: PruningPlan, known: Sequence[Reference]) 
             kl.append((dense.exp() * (dense - pruned)).sum(-1).double().mean())
             same.append((dense.argmax(-1) == pruned.argmax(-1)).all())
     return Change(torch.stack(kl), torch.stack(same))
+
+
+def mean_kl(model: nn.Module, plan: PruningPlan, known: Sequence[Reference]) -> float:
+    """KL of the answers of `known`, averaged, in nats a token; nan where there are none."""
+    return float(divergence(model, plan, known).kl.mean()) if known else float("nan")
 
 
 def _prompt(cache: VisualCache, answered: int) -> Prompt:

@@ -18,9 +18,10 @@ STATISTICS = "statistics.safetensors"
 def is_ours(source: Path, path: Path) -> bool:
     """Whether `write` of the checkpoint `source` may have made `path`, and so may delete it."""
     from yopo.checkpoint import neuron_order, pruned_folder  # not at the top: these take a second
+    from yopo.plan import sinks
 
     name = PARTIAL.sub("", path.name)
-    own = (*pruned_folder.RESULTS, neuron_order.FILE)
+    own = (*pruned_folder.RESULTS, neuron_order.FILE, sinks.FILE)
     copied = (source / name).is_file()
     return path.is_file() and (copied or any(Path(name).match(pattern) for pattern in own))
 

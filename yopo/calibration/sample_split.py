@@ -13,15 +13,18 @@ from yopo.prompts.sample import Sample
 
 JUDGING = 3  # of the samples held out every third judges the plan and chooses nothing
 SHOWN = 25  # samples that show what a plan by a rule changes, for which none are held out
+FITTED = 100  # samples, of those that statistics are taken of, that sinks are fitted to
 
 
 @dataclass(frozen=True)
 class SampleSplit:
-    """taken: for statistics, and to fit constants to. choosing: by whose answers a plan is chosen,
-    to be read once. judging: whose answers say what it changes. judges: what these are, in words.
+    """taken: for statistics, to be read once. fitting: to fit sinks to, to be read after `taken`.
+    choosing: by whose answers a plan is chosen, to be read once. judging: whose answers say what it
+    changes. judges: what these are, in words.
     """
 
     taken: Iterable[Sample]
+    fitting: Sequence[Sample]
     choosing: Iterable[Sample]
     judging: Sequence[Sample]
     judges: str
@@ -49,24 +52,23 @@ def split_for(
     if not config.holds_out:
         if held_out is not None:
             raise ValueError(
-                "held_out is given without a budget or fit_mass: nothing else is chosen by samples "
-                "held out"
+                "held_out is given without a budget: nothing else is chosen by samples held out"
             )
         if measured:
-            limit = min(SHOWN, config.limit or SHOWN)
-            return SampleSplit((), (), _sequence(samples, limit), "of those given")
-        taken, shown = _with_first(samples, SHOWN, config.limit)
-        return SampleSplit(taken, (), shown, "of those that the statistics were taken of")
+            given = _sequence(samples, min(FITTED, config.limit or FITTED))
+            return SampleSplit((), given, (), given[:SHOWN], "of those given")
+        taken, first, shown = _with_first(samples, (FITTED, SHOWN), config.limit)
+        return SampleSplit(taken, first, (), shown, "of those that the statistics were taken of")
     if held_out is None:
         taken, rest = split(_sequence(samples, config.limit))
     else:
         taken, rest = _sequence(samples, config.limit), _sequence(held_out, None)
-    judging = rest[JUDGING - 1 :: JUDGING]
+    fitting, judging = taken[:FITTED], rest[JUDGING - 1 :: JUDGING]
     if not len(judging):
-        return SampleSplit(taken, rest, rest, "held out, which chose it")
+        return SampleSplit(taken, fitting, rest, rest, "held out, which chose it")
     judges = "held out, by which the plan was not chosen"
     choosing = (one for i, one in enumerate(rest) if i % JUDGING != JUDGING - 1)
-    return SampleSplit(taken, choosing, judging, judges)
+    return SampleSplit(taken, fitting, choosing, judging, judges)
 
 
 def _sequence(samples: Iterable[Sample], limit: int | None) -> Sequence[Sample]:
@@ -76,18 +78,20 @@ def _sequence(samples: Iterable[Sample], limit: int | None) -> Sequence[Sample]:
 
 
 def _with_first(
-    samples: Iterable[Sample], count: int, limit: int | None
-) -> tuple[Iterable[Sample], Sequence[Sample]]:
-    """All of `samples` to the limit, and the first `count` of them once more: of a stream, those
+    samples: Iterable[Sample], counts: tuple[int, int], limit: int | None
+) -> tuple[Iterable[Sample], Sequence[Sample], Sequence[Sample]]:
+    """All of `samples` to the limit, and the first so many of them once more: of a stream, those
     that have been taken from it."""
     if isinstance(samples, Sequence):
-        return samples[:limit], samples[:limit][:count]
-    first: list[Sample] = []
+        within = samples[:limit]
+        return within, within[: counts[0]], within[: counts[1]]
+    kept: tuple[list[Sample], list[Sample]] = ([], [])
 
     def keeping() -> Iterator[Sample]:
         for sample in islice(samples, limit):
-            if len(first) < count:
-                first.append(sample)
+            for first, count in zip(kept, counts, strict=True):
+                if len(first) < count:
+                    first.append(sample)
             yield sample
 
-    return keeping(), first
+    return keeping(), *kept

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from yopo.files import write_whole
+from yopo.plan.sinks import Sinks
 
-FORMAT = "3"
+FORMAT = "4"
 # float64 holds sums: adding samples one by one, with or without a break, gives the same bits.
 _DTYPES = {"ffn_use": torch.float64, "text_tokens": torch.int64, "visual_tokens": torch.int64}
 
@@ -33,8 +34,9 @@ class Statistics:
     ratios: (S, L, H), the released ratio of a sample (head_rule.visual_ratio).
     visual_mass: (S, L, H), the share of the softmax on visual keys, averaged over the sample's text
         queries that have an image before them.
-    text_share: (S, 2, L, H), sums over these queries q of m·w and of w, where m = 1 - that share
-        and w = |o|², o what the head gives when the query sees text alone.
+    sink_sums: (S, 2, L, H), sums over these queries of w·x and of w, where x is the log-sum-exp of
+        the query's scores with visual keys less the log of how many these are, and w its weight
+        (collect.fit_weight).
     text_tokens: (S,) how many such queries there are. visual_tokens: (S,).
     influence: (S, L), KL of the next-token distribution of the dense model from that of one whose
         visual tokens leave at layer C; nan where not measured.
@@ -45,7 +47,7 @@ class Statistics:
     samples: tuple[str, ...]
     ratios: Tensor
     visual_mass: Tensor
-    text_share: Tensor
+    sink_sums: Tensor
     text_tokens: Tensor
     visual_tokens: Tensor
     influence: Tensor
@@ -59,7 +61,7 @@ class Statistics:
         shapes = {
             "ratios": (0, layers, heads),
             "visual_mass": (0, layers, heads),
-            "text_share": (0, 2, layers, heads),
+            "sink_sums": (0, 2, layers, heads),
             "text_tokens": (0,),
             "visual_tokens": (0,),
             "influence": (0, layers),
@@ -88,14 +90,10 @@ class Statistics:
         if not self.samples:
             raise ValueError("statistics of no sample: nothing can be made of them")
 
-    def text_mass(self) -> Tensor:
-        """(L, H) the constants m of mass="calibrated".
-
-        With m·o a head's output is nearest, in least squares over the queries, to what it is under
-        "exact", where each query has a share of its own. 1 where no output was seen.
-        """
-        share, weight = self.text_share.double().sum(0)
-        return torch.where(weight > 0, share / weight, 1.0).clamp(0, 1).float()
+    def sinks(self) -> Sinks:
+        """Constant ones, which know nothing of the query nor of a plan: the start of a search."""
+        total, weight = self.sink_sums.double().sum(0)
+        return Sinks(total / weight)
 
     def save(self, path: str | Path) -> Path:
         """Writes `path` (.safetensors) in one step; returns it."""
@@ -143,8 +141,8 @@ def fingerprint(model: nn.Module) -> str:
     it; adapters do once they change what the model computes.
     """
     # Not at the top: statistics are read without transformers.
-    from yopo.engine.layer_plan import head_sizes
     from yopo.models.parts import Parts
+    from yopo.plan.config_fields import head_sizes
 
     parts = Parts.of(model)
     config = parts.decoder.config

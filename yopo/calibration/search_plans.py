@@ -98,5 +98,5 @@ class PlanMaker:
                 f"budget is {self._budget:g}, which no plan with mass {masses} of the search "
                 f"reaches (it starts from window 5, at the least one head of one layer): its least "
                 f"is {share:.4f} of the visual FLOPs. Give more"
-                + ("; drop and calibrated take less" if "exact" in masses else "")
+                + ("; drop and sink take less" if "exact" in masses else "")
             )

@@ -1,14 +1,15 @@
 """Sinks fitted to a model under its plan: `fit_sinks`. Least squares on the log-sum-exp over the
 visual keys of blind heads, over the text queries of some samples; nothing n × n is held and no
-weight changes. Sinks by gradient are sink_tuning.py's, how far answers are divergence.py's.
+weight changes. Moving them by gradient is sink_tuning.py's, how far answers are divergence.py's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from yopo.calibration.collect import blocks, scores_of
-from yopo.calibration.divergence import Reference, divergence, references
+from yopo.calibration.collect import blocks, fit_weight, log_sums
+from yopo.calibration.divergence import mean_kl, references
+from yopo.calibration.sink_tuning import tune_sinks
 from yopo.engine import forward as engine
 from yopo.engine.layer import LayerCall, Stores
-from yopo.engine.text_attention import heads
+from yopo.engine.text_attention import heads as heads_of
 from yopo.models.parts import plan_of
-from yopo.models.trial import decoder_of, under
+from yopo.models.trial import decoder_of
 from yopo.plan.config_fields import head_dim
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.plan.sinks import Sinks
@@ -31,22 +33,32 @@ from yopo.prompts.sample import Sample
 TARGETS = ("exact", "dense")
 HELD_OUT = 4  # every fourth sample chooses the ridge, and whether b helps
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of b, times the mean of its diagonal
-_LEAST_WEIGHT = 1e-4  # of a query: a head whose mass is all on one side has a fit, too
 
 
 @dataclass(frozen=True, eq=False)
 class SinkFit:
     """What a fit came to.
 
-    plan: with the sinks, under sink/sink. before, after: KL (nats a token) from the target of the
-    answers to the samples held out, with drop in the sinks' place and with them; None: no sample
-    was held out. with_b: share of the blind heads in which b helps.
+    plan: with the sinks. samples: how many they were fitted to. target: as asked. before, after: KL
+    (nats a token) from the target of the answers to the samples held out, with drop in the sinks'
+    place and with them; nan: too few samples to hold one out. with_b: share of the blind heads in
+    which b helps. `str` says it.
     """
 
     plan: PruningPlan
-    before: float | None
-    after: float | None
+    samples: int
+    target: str
+    before: float
+    after: float
     with_b: float
+
+    def __str__(self) -> str:
+        aim = "the dense model" if self.target == "dense" else "exact mass"
+        return (
+            f"sinks fitted to {self.samples} samples: KL from {aim} {self.before:.3g} with drop, "
+            f"{self.after:.3g} with them; the query helps in {100 * self.with_b:.0f} % of the "
+            "blind heads"
+        )
 
 
 def fit_sinks(
@@ -56,18 +68,21 @@ def fit_sinks(
     *,
     target: str = "exact",
     limit: int | None = None,
+    tune: int | None = None,
     answer_tokens: int = 16,
     progress: bool = False,
 ) -> SinkFit:
     """Sinks for `model` under `plan`, its own if None, from `samples`, model inputs of one prompt
-    each (sample.py); the model and its plan stay as they are.
+    each (sample.py); the model and its plan stay as they are. A plan with no mass "sink" gets
+    sink/sink.
 
     target: whose visual mass the sinks give: "exact", of the plan under exact/exact, which released
     checkpoints were fine-tuned under; "dense", of the model without a plan. limit: take only so
-    many samples. answer_tokens: of an answer at most, where a sample has none.
+    many samples. tune: so many steps then move them by gradient (sink_tuning.py). answer_tokens: of
+    an answer at most, where a sample has none.
 
-    Raises ValueError for a model without a plan, samples without an image, and logits that are not
-    finite.
+    Raises ValueError for a model without a plan, samples without an image or too few to tune by,
+    and logits that are not finite.
     """
     plan = plan_of(model) if plan is None else plan
     if plan is None:
@@ -76,29 +91,34 @@ def fit_sinks(
         )
     if target not in TARGETS:
         raise ValueError(f"target is {target!r}; allowed: {', '.join(TARGETS)}")
+    if tune is not None and tune < 1:
+        raise ValueError(f"tune is {tune}; allowed: a number of steps from 1")
+    taken = list(islice(samples, limit))
+    if len(taken) < (1 if tune is None else HELD_OUT):
+        least = "one" if tune is None else f"{HELD_OUT}, to tune by"
+        raise ValueError(f"{len(taken)} samples to fit sinks to; give at least {least}")
     aim = plan.with_mass("exact") if target == "exact" else None
-    taken = list(samples) if limit is None else [one for one, _ in zip(samples, range(limit))]
-    if not taken:
-        raise ValueError("there is no sample to fit sinks to")
-    known = references(model, tqdm(taken, "answers", disable=not progress), answer_tokens, aim)
-    held = [one for i, one in enumerate(known) if i % HELD_OUT == HELD_OUT - 1]
-    with torch.no_grad(), under(model, aim):
-        config = decoder_of(model).config
-        sums = _Sums(plan.num_layers, plan.num_heads, head_dim(config) + 1)
-        for i, reference in enumerate(tqdm(known, "sinks", disable=not progress)):
-            with sums.watching(i % HELD_OUT == HELD_OUT - 1):
-                model(**reference.inputs, use_cache=False)
+    config = decoder_of(model).config
+    sums = _Sums(plan.num_layers, plan.num_heads, head_dim(config) + 1)
+    bar = tqdm(taken, "sinks", disable=not progress, mininterval=1)
+    known = references(model, bar, answer_tokens, aim, sums.watching)
     a, b = sums.solve()
     sinks = Sinks(a, b, sums.tokens)
-    fitted = replace(plan, sinks=sinks, head_mass="sink", cut_mass="sink")
-    before, after = (mean_kl(model, one, held) for one in (plan.with_mass("drop"), fitted))
-    helped = (b != 0).any(-1)[blind_heads(plan)]
-    return SinkFit(fitted, before, after, float(helped.double().mean()))
+    masses = plan.head_mass, plan.cut_mass
+    masses = masses if "sink" in masses else ("sink", "sink")
+    fitted = replace(plan, sinks=sinks, head_mass=masses[0], cut_mass=masses[1])
+    held = [one for i, one in enumerate(known) if _is_held_out(i)]
+    if tune is not None:
+        taught = [one for i, one in enumerate(known) if not _is_held_out(i)]
+        fitted = tune_sinks(model, fitted, taught, held, tune, progress)
+    dropped = fitted.with_mass("/".join(masses).replace("sink", "drop"))
+    before, after = (mean_kl(model, one, held) for one in (dropped, fitted))
+    helped = (b != 0).any(-1)[blind_heads(plan)].double().mean()
+    return SinkFit(fitted, len(known), target, before, after, float(helped))
 
 
-def mean_kl(model: nn.Module, plan: PruningPlan, known: Sequence[Reference]) -> float | None:
-    """KL of the answers under `plan` from those known, nats a token; None where none are known."""
-    return float(divergence(model, plan, known).kl.mean()) if known else None
+def _is_held_out(index: int) -> bool:
+    return index % HELD_OUT == HELD_OUT - 1
 
 
 def blind_heads(plan: PruningPlan) -> Tensor:
@@ -123,9 +143,9 @@ class _Sums:
         self.tokens = 0  # how many visual tokens a sink stands for: the first sample's
 
     @contextmanager
-    def watching(self, held_out: bool) -> Iterator[None]:
-        """Adds what the layers of a pass over one sample attend to."""
-        self._part, self._layer = int(held_out), 0
+    def watching(self, sample: int) -> Iterator[None]:
+        """Adds what the layers of a pass over that sample attend to."""
+        self._part, self._layer = int(_is_held_out(sample)), 0
         token = engine.OBSERVER.set(self._attention)
         try:
             yield
@@ -144,25 +164,23 @@ class _Sums:
         before = (visual_at[None, :] < text_at[behind, None]).sum(1)  # visual tokens of each query
         shift = (before.double() / self.tokens).log()
         for group in call.plan.text:
-            keys = heads(stores[group.store].keys, group.kv)[0]
+            keys = heads_of(stores[group.store].keys, group.kv)[0]
             chosen = slice(None) if group.q is None else group.q
             for block in blocks(len(behind), keys.shape[0] * keys.shape[1]):
                 at = behind[block]
                 mine = q[at][:, chosen]
-                scores = scores_of(mine, text_at[at], keys, keys_at, call.shared.scale)
-                of_visual, of_text = (
-                    part.logsumexp(-1).double() for part in scores.tensor_split([n_visual], dim=-1)
-                )
-                m = torch.sigmoid(of_text - of_visual)  # (H', Q)
+                scale = call.shared.scale
+                sums = log_sums(mine, text_at[at], keys, keys_at, n_visual, scale)
                 features = F.pad(still[at][:, chosen].double().transpose(0, 1), (1, 0), value=1)
-                weighted = features * (m * (1 - m) + _LEAST_WEIGHT)[..., None]
-                self._add(chosen, features, weighted, of_visual - shift[block])
+                weighted = features * fit_weight(sums)[..., None]
+                self._add(chosen, features, weighted, sums[0] - shift[block])
         self._layer += 1
 
     def _add(self, chosen: Any, features: Tensor, weighted: Tensor, target: Tensor) -> None:
         """features, weighted (H', Q, F), target (H', Q) of the heads `chosen` of this layer."""
         at = self._part, self._layer
-        where = torch.arange(self.grams.shape[2])[chosen if isinstance(chosen, slice) else chosen.cpu()]
+        where = torch.arange(self.grams.shape[2])
+        where = where[chosen if isinstance(chosen, slice) else chosen.cpu()]
         self.grams[at].index_add_(0, where, (weighted.mT @ features).cpu())
         self.moments[at].index_add_(0, where, (weighted * target[..., None]).sum(1).cpu())
         self.squares[at].index_add_(0, where, (weighted[..., 0] * target.square()).sum(1).cpu())

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,6 +17,7 @@ from yopo.checkpoint.neuron_order import FILE, permute_tensors, save_order
 from yopo.checkpoint.shards import Shard, read_json, weight_files
 from yopo.errors import BadInput
 from yopo.files import write_json, write_whole
+from yopo.plan import sinks
 from yopo.plan.pruning_plan import PruningPlan
 
 # What a calibration puts beside the checkpoint that it makes; another one's is not copied.
@@ -45,15 +47,33 @@ def write(source: Path, target: Path, plan: PruningPlan, order: Tensor | None) -
                 "layers. Keep their order: --first-neurons"
             )
         save_order(target / FILE, order)
-    config = read_json(source / "config.json")
+    put_plan(target, plan, read_json(source / "config.json"))
+
+
+def put_plan(folder: Path, plan: PruningPlan, config: dict[str, Any] | None = None) -> None:
+    """Writes `plan` into the config.json of `folder`, or into `config` as that, and beside it the
+    file of its sinks: both or none. Raises ValueError for a plan that does not fit."""
+    config = read_json(folder / "config.json") if config is None else config
     plan.save_to(config)
-    write_json(target / "config.json", config)
+    file = folder / sinks.FILE
+    before = file.read_bytes() if file.is_file() else None
+    try:
+        if plan.sinks is not None:
+            plan.sinks.save(folder)
+        write_json(folder / "config.json", config)
+    except BaseException:
+        if before is None:
+            file.unlink(missing_ok=True)
+        else:
+            file.write_bytes(before)
+        raise
 
 
 def _left_out(file: Path, weights: list[Path], order: Tensor | None) -> bool:
-    """What would be wrong in the new folder: results of an earlier calibration, and weights that
-    are not rewritten when others are (.bin beside safetensors), with their index."""
-    if any(file.match(pattern) for pattern in RESULTS):
+    """What would be wrong in the new folder: results of an earlier calibration, sinks of another
+    plan, and weights that are not rewritten when others are (.bin beside safetensors), with their
+    index."""
+    if any(file.match(pattern) for pattern in (*RESULTS, sinks.FILE)):
         return True
     if order is None or file in weights:
         return False

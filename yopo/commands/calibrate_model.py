@@ -22,7 +22,6 @@ from yopo.errors import BadInput, CannotGoOn
 if TYPE_CHECKING:
     from yopo.prompts.questions import Question
 
-MOST_NAMED = 10  # of the entries passed over
 SAMPLES = 100  # for statistics: over so many the released rule votes
 _BY_HAND = ("alpha", "keep", "layer_cut", "ffn_ratio", "window")  # where there is no budget
 
@@ -36,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples",
         type=int,
-        help="questions taken (100; with --budget or --fit-mass 200, every second one held out)",
+        help="questions taken (100; with --budget 200, every second one held out)",
     )
     parser.add_argument(
         "--statistics", type=Path, help="of an earlier run, in place of taking them"
@@ -55,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     search.add_argument("--budget", type=float, help="share of the visual FLOPs, such as 0.25")
     search.add_argument("--evaluations", type=int, default=40, help="most plans tried (40)")
     both = parser.add_argument_group("with either")
-    both.add_argument("--mass", default="calibrated", metavar="HEAD[/CUT]", help="(calibrated)")
+    both.add_argument("--mass", default="sink", metavar="HEAD[/CUT]", help="(sink)")
     both.add_argument(
-        "--fit-mass", type=int, metavar="STEPS", help="fit the calibrated constants to the plan"
+        "--tune", type=int, metavar="STEPS", help="move the sinks fitted by gradient descent, too"
     )
     both.add_argument(
         "--first-neurons", action="store_true", help="leave FFN neurons in the order they have"
@@ -120,18 +119,12 @@ def _calibrate(args: argparse.Namespace, config: CalibrationConfig) -> None:
 
 
 def _questions(args: argparse.Namespace, config: CalibrationConfig) -> list[Question]:
-    from yopo.prompts.questions import read_questions
+    from yopo.commands.input_checks import told_questions
 
     if args.data is None:
         return []
     wanted = args.samples or SAMPLES * (2 if config.holds_out else 1)
-    questions, passed_over = read_questions(args.data, wanted, args.image_folder)
-    for line in passed_over[:MOST_NAMED]:
-        print(f"passed over: {line}", file=sys.stderr)
-    if len(passed_over) > MOST_NAMED:
-        print(f"passed over: {len(passed_over) - MOST_NAMED} more", file=sys.stderr)
-    print(f"{len(questions)} questions, {len(passed_over)} passed over")
-    return questions
+    return told_questions(args.data, wanted, args.image_folder)
 
 
 def _config(args: argparse.Namespace) -> CalibrationConfig:
@@ -149,14 +142,14 @@ def _config(args: argparse.Namespace) -> CalibrationConfig:
         {
             **settings,
             "mass": args.mass,
-            "fit_mass": args.fit_mass,
+            "tune_sinks": args.tune,
             "reorder_neurons": not args.first_neurons,
             "influence": True,
         },
-        called=lambda name: f"--{name.replace('_', '-')}",
+        called=lambda name: "--tune" if name == "tune_sinks" else f"--{name.replace('_', '-')}",
     )
-    if args.fit_mass is not None and args.data is None:
-        raise BadInput("--fit-mass needs --data to fit to")
+    if args.tune is not None and args.data is None:
+        raise BadInput("--tune needs --data to tune by")
     for name in ("samples", "evaluations"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name} is {getattr(args, name)}; allowed: from 1")

@@ -24,6 +24,10 @@ _COMMANDS = {  # each with its module of yopo.commands, of which only the one as
         "calibrate_model",
         "make a pruned checkpoint of a model, from questions about images",
     ),
+    "sinks": (
+        "fit_sinks",
+        "fit sinks to a pruned checkpoint: exact mass's answers at what drop costs",
+    ),
     "flops": (
         "count_flops",
         "count FLOPs, KV and weight bytes of a preset or checkpoint, dense and pruned",

@@ -5,16 +5,21 @@ folder, an image, a device, masses. Nothing is loaded here; a checkpoint's confi
 from __future__ import annotations
 
 import re
+import sys
 import zipfile
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.request import urlopen
 
 from yopo.errors import BadInput
 
+if TYPE_CHECKING:
+    from yopo.prompts.questions import Question
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PATIENCE = 60  # seconds for a server to answer
+_MOST_NAMED = 10  # of the entries passed over
 
 
 def check_model(path: str) -> None:
@@ -88,6 +93,19 @@ def local_image(given: str, folder: Path) -> Path:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadInput(f"--image-file: {given!r} is not an image PIL can read: {error}") from error
     return path
+
+
+def told_questions(file: Path, wanted: int, folder: Path | None) -> list[Question]:
+    """As prompts.questions.read_questions; says how many there are and which were passed over."""
+    from yopo.prompts.questions import read_questions
+
+    questions, passed_over = read_questions(file, wanted, folder)
+    for line in passed_over[:_MOST_NAMED]:
+        print(f"passed over: {line}", file=sys.stderr)
+    if len(passed_over) > _MOST_NAMED:
+        print(f"passed over: {len(passed_over) - _MOST_NAMED} more", file=sys.stderr)
+    print(f"{len(questions)} questions, {len(passed_over)} passed over")
+    return questions
 
 
 def device_of(wanted: str) -> str:

@@ -243,6 +243,8 @@ def _write_config(conversion: Conversion, folder: Path) -> None:
         part["torch_dtype"] = conversion.dtype
     if conversion.plan is not None:
         conversion.plan.save_to(content)  # where save_pretrained has it after yopo.apply
+        if conversion.plan.sinks is not None:
+            conversion.plan.sinks.save(folder)
     write_json(folder / "config.json", content)
 
 

@@ -5,7 +5,7 @@ Index tensors only, made once when a plan is put on a model. Nothing here knows 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from yopo.engine.packing import to_device
 from yopo.engine.text_attention import Sight
+from yopo.plan.config_fields import head_sizes
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.plan.sinks import Sinks
 
@@ -150,7 +151,7 @@ class LayerPlan:
             attends_visual=attends,
             neurons=None if neurons == ffn_size else neurons,
             window=windows(plan).index(plan.windows[layer]),
-            sink=sink_weights(plan.sinks, layer) if has_sink else None,
+            sink=_sink_of(plan.sinks, layer) if has_sink else None,
         )
 
 
@@ -162,10 +163,14 @@ def windows(plan: PruningPlan) -> tuple[int | None, ...]:
     return tuple(dict.fromkeys(plan.windows))
 
 
-def sink_weights(sinks: Sinks | None, layer: int) -> SinkWeights:
+def sink_weights(a: Tensor, b: Tensor | None) -> SinkWeights:
+    """Of a layer's a (H,) and b (H, D), through which gradients flow."""
+    return SinkWeights(a[:, None, None], None if b is None else b[:, :, None])
+
+
+def _sink_of(sinks: Sinks | None, layer: int) -> SinkWeights:
     assert sinks is not None  # a plan whose mass is "sink" has them: PruningPlan
-    b = None if sinks.b is None else sinks.b[layer][:, :, None]
-    return SinkWeights(sinks.a[layer][:, None, None], b)
+    return sink_weights(sinks.a[layer], None if sinks.b is None else sinks.b[layer])
 
 
 def _kv_heads(query_heads: Tensor, per_kv: int) -> Tensor:
@@ -177,13 +182,6 @@ def _heads_in_turn(groups: tuple[HeadGroup, ...]) -> Tensor:
     """The query heads of some groups, of which none has all, one group after the other."""
     none = torch.zeros(0, dtype=torch.int64, device="cpu")
     return torch.cat([none, *(group.q for group in groups if group.q is not None)])
-
-
-def head_sizes(config: Any) -> tuple[int, int, int]:
-    """(query heads, key/value heads, features of a head), which configs may leave to be derived."""
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 @dataclass(frozen=True)
@@ -216,6 +214,17 @@ class LayerPlans:
                 plan = to_device(plan, device)
             self.plans[layer] = plan  # not read back: replicas on other devices write here too
         return plan
+
+    def with_sinks(self, a: Tensor, b: Tensor) -> LayerPlans:
+        """These plans with a (L, H) and b (L, H, D) in their sinks' place, wherever one has some;
+        gradients reach both."""
+        plans = [
+            plan
+            if plan.sink is None
+            else replace(plan, sink=to_device(sink_weights(a[n], b[n]), plan.kv[0].device))
+            for n, plan in enumerate(self.plans)
+        ]
+        return replace(self, plans=plans)
 
     def kv_heads(self) -> list[tuple[Tensor, Tensor]]:
         """For each layer the key/value heads of its two stores."""

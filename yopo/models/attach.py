@@ -21,6 +21,7 @@ from yopo.models.parts import Parts, plan_of, refuse_foreign
 from yopo.models.peft_adapters import accompany_adapters
 from yopo.models.probe import probe
 from yopo.models.replaced import replaced_forward
+from yopo.models.saved_sinks import accompany_configs
 from yopo.models.shown import RELEASED
 from yopo.plan.pruning_plan import RELEASED_FIELDS, PruningPlan
 from yopo.versions import require_transformers
@@ -73,6 +74,7 @@ def apply(model: Model, plan: Any, *, layout: str | None = None) -> Model:
         vars(config).pop("yopo", None)
     plan.save_to(outer.config)
     accompany_adapters(apply)
+    accompany_configs()
     return model
 
 

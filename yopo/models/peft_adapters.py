@@ -27,6 +27,7 @@ from transformers.utils import cached_file
 from yopo.models.arguments import BY_ROW
 from yopo.models.parts import plan_of
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.plan.sinks import sinks_beside
 
 PLAN_FILE, ADAPTER_FILE = "yopo_plan.json", "adapter_config.json"
 _PLACE = (
@@ -36,6 +37,8 @@ _PLACE = (
     "token",
     "local_files_only",
 )  # in a Hub's repository
+
+_MISSING = ("missing_entries", "connection_errors")
 
 # Arguments, and kinds of adapters, that treat rows or tokens of the batch apart.
 _BY_ROW = ("adapter_names", "alora_offsets")
@@ -210,14 +213,11 @@ def _plan_beside(adapter: Any, given: dict[str, Any]) -> tuple[str, PruningPlan]
         return None
     given = {**given, **(given.get("adapter_kwargs") or {})}
     where = {name: given[name] for name in _PLACE if given.get(name) is not None}
+    where |= {f"_raise_exceptions_for_{what}": False for what in _MISSING}
     try:
-        file = cached_file(
-            adapter,
-            PLAN_FILE,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **where,
-        )
+        file = cached_file(adapter, PLAN_FILE, **where)
+        if file is not None:
+            cached_file(adapter, sinks_beside(PLAN_FILE), **where)  # there when the plan is read
     except OSError:  # no such repository: who loads the adapter says so in their own words
         return None
     if file is None:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yopo.engine.layer_plan import LayerPlans, head_sizes
+from yopo.engine.layer_plan import LayerPlans
 from yopo.models.exchange import derive, original_of, put
 from yopo.models.functions import Functions, attention_function, is_plain
+from yopo.plan.config_fields import head_sizes
 from yopo.plan.pruning_plan import RELEASED_FIELDS, PruningPlan
 from yopo.versions import takes_any_position
 

@@ -21,10 +21,17 @@ def model_sizes(config: Any) -> tuple[int, int, int]:
     return layers, heads, size
 
 
+def head_sizes(config: Any) -> tuple[int, int, int]:
+    """(query heads, key/value heads, features of a head), which configs may leave to be derived."""
+    text = _holders(config)[-1][1]
+    heads = get(text, "num_attention_heads")
+    kv_heads = get(text, "num_key_value_heads") or heads
+    return heads, kv_heads, get(text, "head_dim") or get(text, "hidden_size") // heads
+
+
 def head_dim(config: Any) -> int:
     """D, the features of a head."""
-    text = _holders(config)[-1][1]
-    return get(text, "head_dim") or get(text, "hidden_size") // get(text, "num_attention_heads")
+    return head_sizes(config)[2]
 
 
 def tells_sizes(config: Any) -> bool:

@@ -19,7 +19,7 @@ from yopo.files import read_json, write_json
 from yopo.plan import block as plan_block
 from yopo.plan import config_fields, head_mask, words
 from yopo.plan.config_fields import RELEASED_FIELDS as RELEASED_FIELDS
-from yopo.plan.sinks import FILE, REMEDY, Sinks, remember
+from yopo.plan.sinks import FILE, REMEDY, Sinks, remember, sinks_beside
 from yopo.plan.value_checks import as_mask, flag, integer, listed, per_layer, ratio
 
 MASSES = ("exact", "drop", "sink")
@@ -108,7 +108,7 @@ class PruningPlan:
         elif self.sinks.a.shape != self.head_keep.shape:
             raise ValueError(
                 f"sinks.a has shape {tuple(self.sinks.a.shape)}; allowed: head_keep's, "
-                f"{tuple(self.head_keep.shape)}: these sinks are of another model"
+                f"{tuple(self.head_keep.shape)}: these sinks are of another model; {REMEDY}"
             )
 
     def _last_reader(self) -> int:
@@ -180,14 +180,16 @@ class PruningPlan:
             if self.sinks.b.shape[2] != dim:
                 raise ValueError(
                     f"sinks.b has shape {tuple(self.sinks.b.shape)}, the model's heads have {dim} "
-                    "features: these sinks are of another model"
+                    f"features: these sinks are of another model; {REMEDY}"
                 )
 
     def save_to(self, config: Any) -> None:
         """Write the plan into `config.yopo`, JSON-able, in place of any other block; the released
         fields stay as they are. Sinks with b are a file of their own, which save_pretrained writes
-        (`Sinks.save`)."""
-        self.validate(config)
+        (`Sinks.save`). A config that leaves its sizes to its class's defaults is not held against
+        the plan."""
+        if config_fields.tells_sizes(config):
+            self.validate(config)
         if self.sinks is not None:
             remember(self.sinks)
         config_fields.put_block(config, self._to_block())
@@ -219,9 +221,9 @@ class PruningPlan:
                 "plan a file of its own, such as plan.json. In a checkpoint's config it is written "
                 "by yopo.apply and save_pretrained"
             )
-        beside = f"{path.stem}.sinks.safetensors"
+        beside = sinks_beside(path.name)
         if self.sinks is not None:
-            self.sinks.save(path.with_name(beside))
+            self.sinks.save(path.parent, beside)
         write_json(path, self._to_block(beside))
 
     @classmethod

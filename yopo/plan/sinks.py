@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from yopo.files import write_whole
@@ -78,16 +82,22 @@ class Sinks:
             return {"tokens": self.tokens, "a": self.a.tolist()}
         return {"tokens": self.tokens, "file": file, "checksum": self.checksum}
 
-    def save(self, file: Path) -> None:
+    def save(self, folder: Path, name: str = FILE) -> None:
         """Writes the file that the block names, whole or not at all; none without `b`."""
         if self.b is not None:
-            with write_whole(file) as partial:
-                save_file({"a": self.a, "b": self.b}, partial, metadata={"format": "pt"})
+            with write_whole(folder / name) as partial:  # not save_file: for others to read, too
+                partial.write_bytes(save({"a": self.a, "b": self.b}, {"format": "pt"}))
+
+
+def sinks_beside(plan_file: str) -> str:
+    """The name of the file of sinks beside a plan file of that name."""
+    return f"{Path(plan_file).stem}.sinks.safetensors"
 
 
 # Those of which a config in this process says the checksum only. Never let go: the config may be
 # all that is left of the plan, and its file not yet written.
 _NAMED: dict[str, Sinks] = {}
+_UNREAD: ContextVar[bool] = ContextVar("yopo_unread_sinks", default=False)
 
 
 def remember(sinks: Sinks) -> None:
@@ -96,9 +106,39 @@ def remember(sinks: Sinks) -> None:
         _NAMED[sinks.checksum] = sinks
 
 
-def from_block(block: object, checkpoint: str | None, revision: str | None = None) -> Sinks:
-    """The sinks that a plan's block names; `checkpoint`: the folder or Hub repository that has
-    their file. Raises ValueError for what cannot be, FileNotFoundError where the file is not."""
+@contextmanager
+def unread() -> Iterator[None]:
+    """Within it the sinks of a block may be missing or damaged: 0 stands in their place. For a
+    checkpoint that is to get others."""
+    token = _UNREAD.set(True)
+    try:
+        yield
+    finally:
+        _UNREAD.reset(token)
+
+
+def named(block: object) -> bool:
+    """Whether the `sinks` of a plan's block are in a file."""
+    return isinstance(block, dict) and "file" in block
+
+
+def from_block(
+    block: object, shape: tuple[int, int], checkpoint: str | None, revision: str | None = None
+) -> Sinks:
+    """The sinks that the block of a plan of (layers, heads) names; `checkpoint`: the folder or Hub
+    repository that has their file. Raises ValueError for what cannot be, FileNotFoundError where
+    the file is not; both say what to do."""
+    if _UNREAD.get():
+        return Sinks(torch.zeros(shape, device="cpu"))
+    try:
+        sinks = _read(block, checkpoint, revision)
+    except ValueError as error:
+        raise ValueError(f"{error}. To put it right, {REMEDY}") from error
+    remember(sinks)
+    return sinks
+
+
+def _read(block: object, checkpoint: str | None, revision: str | None) -> Sinks:
     keys = set(block) if isinstance(block, dict) else set()
     if not isinstance(block, dict) or keys not in ({"tokens", "a"}, {"tokens", "file", "checksum"}):
         raise ValueError(
@@ -121,12 +161,14 @@ def from_block(block: object, checkpoint: str | None, revision: str | None = Non
         raise ValueError(f"{path} is no safetensors file, perhaps cut off: {error}") from error
     if set(tensors) != {"a", "b"}:
         raise ValueError(f"{path} holds {sorted(tensors)}; the sinks of a plan are a and b")
-    sinks = Sinks(tensors["a"], tensors["b"], block["tokens"])
+    try:
+        sinks = Sinks(tensors["a"], tensors["b"], block["tokens"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if sinks.checksum != checksum:
         raise ValueError(
             f"{path} is not the file that the plan was saved with: its checksum is "
-            f"{sinks.checksum}, the plan names {checksum!r}. Take the one that came with this "
-            f"config, or {REMEDY}"
+            f"{sinks.checksum}, the plan names {checksum!r}; take the one that came with this plan"
         )
     return sinks
 

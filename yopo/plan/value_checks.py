@@ -78,8 +78,9 @@ def as_numbers(name: str, values: object, dimensions: int) -> torch.Tensor:
             if isinstance(cell, bool) or not isinstance(cell, Real):
                 raise ValueError(f"{name}{list(index)} is {cell!r}; allowed: finite numbers")
     try:
-        # An explicit device: models are built under torch.device("meta") in transformers 5.
-        given = torch.as_tensor(values, device="cpu").detach()
+        # An explicit device, as in as_mask; of a tensor as_tensor would make one elsewhere, too.
+        given = values if isinstance(values, torch.Tensor) else torch.tensor(values, device="cpu")
+        given = given.detach().cpu()
     except (TypeError, ValueError, RuntimeError, OverflowError, NotImplementedError) as error:
         raise ValueError(f"{name} must be numbers of one shape: {error}") from error
     if given.dtype is torch.bool or given.is_complex():

@@ -1,0 +1,43 @@
+"""The file of a plan's sinks goes with the config that names it: transformers' configs write it
+beside the config.json that they save, and with it every save_pretrained of a model, whatever its
+class. Of a config without sinks nothing is touched.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from yopo.plan.config_fields import blocks
+from yopo.plan.pruning_plan import PruningPlan
+from yopo.plan.sinks import named
+
+_NAME = "save_pretrained"
+
+
+def accompany_configs() -> None:
+    """From now on. Once more changes nothing."""
+    stock = vars(PretrainedConfig)[_NAME]
+    if hasattr(stock, "_yopo_stock"):
+        return
+
+    @functools.wraps(stock)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        result = stock(self, save_directory, *args, **kwargs)
+        if any(isinstance(one, dict) and named(one.get("sinks")) for one in blocks(self).values()):
+            plan = PruningPlan.found_in(self)
+            if plan is not None and plan.sinks is not None:
+                plan.sinks.save(Path(save_directory))
+        return result
+
+    save_pretrained._yopo_stock = stock  # type: ignore[attr-defined]
+    setattr(PretrainedConfig, _NAME, save_pretrained)
+
+
+def leave_configs() -> None:
+    """Gives transformers its own method back, until accompany_configs is called again."""
+    here = vars(PretrainedConfig)[_NAME]
+    setattr(PretrainedConfig, _NAME, getattr(here, "_yopo_stock", here))
