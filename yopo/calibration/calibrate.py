@@ -56,6 +56,7 @@ def calibrate(
     held_out: Iterable[Sample] | None = None,
     statistics: Statistics | None = None,
     statistics_path: str | Path | None = None,
+    search_path: str | Path | None = None,
     progress: bool = False,
     tell: Callable[[str], Any] | None = None,
     **settings: Any,
@@ -69,7 +70,8 @@ def calibrate(
         no statistics are taken then. Every third of those held out judges the plan and chooses
         nothing.
     statistics: of this model, in place of taking them. statistics_path: a file that is kept up to
-        date with them: the same call goes on from where it was stopped.
+        date with them: the same call goes on from where it was stopped. search_path: the same of
+        the plans that a search tries.
     tell: is given each line of the report as soon as it is known.
 
     The model and its plan stay as they are, but for the order of its FFN neurons, and that only
@@ -85,7 +87,7 @@ def calibrate(
     if statistics is not None and statistics_path is not None:
         raise ValueError("statistics and statistics_path are both given: none are taken then")
     split = split_for(config, samples, held_out, measured=statistics is not None)
-    run = _Run(model, config, split, ReportSoFar(tell), progress)
+    run = _Run(model, config, split, ReportSoFar(tell), search_path, progress)
     config.check_fit(decoder_of(model).config)
     before = run.order_before()
     if statistics is None:
@@ -111,6 +113,7 @@ class _Run:
     config: RuleConfig | SearchConfig
     split: SampleSplit
     report: ReportSoFar
+    search_path: str | Path | None
     progress: bool
 
     def order_before(self) -> str | None:
@@ -152,7 +155,8 @@ class _Run:
         model, config = self.model, self.config
         known = references(model, self.split.choosing, config.answer_tokens)
         if isinstance(config, SearchConfig):
-            found = search(model, known, statistics, config, progress=self.progress)
+            path, progress = self.search_path, self.progress
+            found = search(model, known, statistics, config, path=path, progress=progress)
             plan = found.plan
             self.report.add(search=found)
         else:

@@ -123,7 +123,7 @@ class SearchConfig(CalibrationConfig):
     """
 
     budget: float
-    evaluations: int = 40
+    evaluations: int = 400
 
     def __post_init__(self, called: Called) -> None:
         super().__post_init__(called)

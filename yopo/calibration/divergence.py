@@ -7,7 +7,7 @@ greedily. Runs models; decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,6 +21,8 @@ from yopo.models.trial import under
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.prompts.prompter import greedy
 from yopo.prompts.sample import ANSWER, Sample, prompt_of, with_answer
+
+BATCH_TOKENS = 4096  # that go through the model at once
 
 
 @dataclass(frozen=True)
@@ -90,16 +92,55 @@ def references(
 
 @torch.no_grad()
 def divergence(model: nn.Module, plan: PruningPlan, known: Sequence[Reference]) -> Change:
-    """What `model` says under `plan` against what it says dense."""
-    kl, same = [], []
+    """What `model` says under `plan` against what it says dense. Samples that are alike in shape go
+    through it together."""
+    kl = torch.empty(len(known), dtype=torch.float64)
+    same = torch.empty(len(known), dtype=torch.bool)
     with under(model, plan):
-        for reference in known:
-            count = reference.answer.shape[1]
-            logits = model(**reference.inputs, use_cache=False).logits[0, -count:]
-            pruned, dense = logits.float().log_softmax(-1).cpu(), reference.log_probabilities
-            kl.append((dense.exp() * (dense - pruned)).sum(-1).double().mean())
-            same.append((dense.argmax(-1) == pruned.argmax(-1)).all())
-    return Change(torch.stack(kl), torch.stack(same))
+        for rows in _alike(known):
+            batch = [known[row] for row in rows]
+            count = batch[0].answer.shape[1]
+            inputs = _together([reference.inputs for reference in batch])
+            logits = model(**inputs, use_cache=False).logits[:, -count:]
+            pruned = logits.float().log_softmax(-1).cpu()
+            dense = torch.stack([reference.log_probabilities for reference in batch])
+            kl[rows] = (dense.exp() * (dense - pruned)).sum(-1).double().mean(1)
+            same[rows] = (dense.argmax(-1) == pruned.argmax(-1)).all(1)
+    return Change(kl, same)
+
+
+def _alike(known: Sequence[Reference]) -> Iterator[list[int]]:
+    """Numbers of references whose inputs make one batch without padding."""
+    groups: dict[Any, list[int]] = {}
+    for number, one in enumerate(known):
+        alone = number  # of inputs that do not begin with the batch, each is one
+        kind = [(name, _kind(value, alone)) for name, value in sorted(one.inputs.items())]
+        groups.setdefault((*kind, one.prompt, one.answer.shape), []).append(number)
+    for numbers in groups.values():
+        prompt = known[numbers[0]].prompt
+        most = max(1, BATCH_TOKENS // (prompt.text + prompt.visual))
+        for first in range(0, len(numbers), most):
+            yield numbers[first : first + most]
+
+
+def _kind(value: Any, alone: int) -> Any:
+    """What two inputs must have in common to go together: both one row, of the same shape."""
+    if isinstance(value, Tensor):
+        return (value.shape, value.dtype) if value.dim() and value.shape[0] == 1 else alone
+    if isinstance(value, list):
+        return list if len(value) == 1 else alone
+    return value if value is None or isinstance(value, bool | str) else alone
+
+
+def _together(inputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One batch of inputs that are alike."""
+    batch = dict(inputs[0])
+    for name, value in batch.items():
+        if len(inputs) > 1 and isinstance(value, Tensor):
+            batch[name] = torch.cat([one[name] for one in inputs])
+        elif len(inputs) > 1 and isinstance(value, list):
+            batch[name] = [one[name][0] for one in inputs]
+    return batch
 
 
 def mean_kl(model: nn.Module, plan: PruningPlan, known: Sequence[Reference]) -> float:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from yopo.calibration.calibrate import Calibration
 
 STATISTICS = "statistics.safetensors"
+TRIALS = "search.jsonl"  # while it is being made
 
 
 def is_ours(source: Path, path: Path) -> bool:

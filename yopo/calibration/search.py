@@ -1,43 +1,39 @@
-"""A plan within a budget of visual FLOPs under which answers change least: coordinate search.
+"""A plan within a budget of visual FLOPs under which answers change least.
 
-Heads, layer cut and window are moved one at a time; FFN neurons take what the budget leaves. Starts
-from the hand-made plan for the budget: what is found is never worse on the held-out samples.
-No randomness: the same model, samples and budget give the same plan. How a plan is made of a place
-in the search is search_plans.py's.
+Greedy: from the dense model down, each time what costs the answers least for the FLOPs it saves;
+then exchanges, something put back and others taken away, while that helps. What a move loses is
+measured, KL of the answers to held-out samples; which moves are worth measuring the statistics and
+earlier measurements say. The plan by hand for the budget is tried first: what is found is never
+worse on these samples. No randomness: the same model, samples and settings give the same plan.
+What the moves are is search_plans.py's, running plans search_trials.py's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
 
 from torch import nn
-from tqdm import tqdm
 
 from yopo.calibration.budget import VisualCost
 from yopo.calibration.config import SearchConfig
-from yopo.calibration.divergence import Reference, divergence
+from yopo.calibration.divergence import Reference
 from yopo.calibration.sample_statistics import Statistics
-from yopo.calibration.search_plans import WINDOWS, PlanMaker, Point
+from yopo.calibration.search_plans import Move, PlanMaker, Point
+from yopo.calibration.search_trials import Evaluation, Trials
 from yopo.models.trial import decoder_of
 from yopo.plan.pruning_plan import PruningPlan
 
-STEPS = (1 / 4, 1 / 8, 1 / 16)  # of the layers and of the heads
-OTHER_BUDGETS = (1 / 4, 1 / 2, 3 / 4, 3 / 2, 2)  # tried at the end, to show what others would cost
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One plan tried. why: which move led to it. visual_flops: share of the dense model's.
-    divergence, same: means over the held-out samples (divergence.Change)."""
-
-    why: str
-    plan: PruningPlan
-    visual_flops: float
-    divergence: float
-    same: float
+STEP = 0.7  # of the FLOPs stay in each round of the descent
+AGAIN = 24  # moves that are measured anew in each round, the best by what was measured before
+DESCENT = 0.6  # of the evaluations, at most; exchanges take the rest
+EXCHANGES = 5  # of the best things to put back, tried before it is left at that
+SLACK = 1.3  # moves together may lose so many times the sum of what each loses
+LEAST = 4  # plans that a round takes at the least
+FINE = 5e-4  # nats that a round may always lose
+NOTHING = 1e-6  # nats: less than rounding moves
 
 
 @dataclass(frozen=True)
@@ -68,6 +64,7 @@ def search(
     config: SearchConfig,
     *,
     start: Sequence[PruningPlan] = (),
+    path: str | Path | None = None,
     progress: bool = False,
     log: Callable[[Evaluation], None] | None = None,
 ) -> Found:
@@ -76,9 +73,12 @@ def search(
     model's.
 
     known: `references` of samples held out. statistics: of this model. start: further plans to try
-    first, with the config's masses. log: told of each plan tried.
+    first, with the config's masses. path: a file that is kept up to date with the plans tried: the
+    same call goes on from where it was stopped, and one for another budget takes over what it can.
+    log: told of each plan tried.
 
-    Raises ValueError for a budget that no plan it makes reaches, with the least that one does.
+    Raises ValueError for a budget that no plan reaches, with the least that one does; CannotGoOn,
+    which is one, where `path` is of another model or other samples.
     """
     statistics.check(model)
     if not known:
@@ -86,145 +86,165 @@ def search(
     cost = VisualCost(decoder_of(model).config, [reference.prompt for reference in known])
     maker = PlanMaker(statistics, cost, config)
     maker.refuse_unreachable()
-    bar = tqdm(desc="search", total=config.evaluations, disable=not progress)
-    trials = _Trials(model, known, cost, config.evaluations, bar, log)
-
-    point = maker.hand_made()
-    trials.run("hand-made", maker.plan(point, even=True))
-    _try_given(start, maker, trials, config)
-    point = _descend(point, maker, trials)
-    _try_other_budgets(point, maker, trials, config)
+    given = [_given(plan, maker, cost, config) for plan in start]
+    trials = Trials(
+        model,
+        known,
+        cost,
+        config.evaluations,
+        mark=statistics.model,
+        path=None if path is None else Path(path),
+        log=log,
+        progress=progress,
+    )
+    try:
+        by_hand = maker.hand_made()
+        first = ([] if by_hand is None else [("hand-made", by_hand)]) + [
+            ("given", plan) for plan in given
+        ]
+        for why, plan in first[: config.evaluations]:
+            trials.run(why, plan)
+        _Way(maker, trials, config).walk()
+    finally:
+        trials.close()
     within = [e for e in trials.done if e.visual_flops <= config.budget]
     chosen = min(within, key=lambda e: e.divergence)
     if chosen.divergence == math.inf:
         raise ValueError("no plan tried gives finite logits: look at the model's weights and dtype")
-    bar.total = len(trials.done)
-    bar.close()
-    return Found(chosen.plan, config.budget, tuple(trials.done))
+    return Found(chosen.plan, config.budget, trials.done)
 
 
-def _try_given(
-    start: Sequence[PruningPlan], maker: PlanMaker, trials: _Trials, config: SearchConfig
-) -> None:
-    for plan in start[: config.evaluations - 1]:
-        plan = replace(plan, **maker.masses)
-        share = trials.cost.share(plan)
-        if share > config.budget:
-            raise ValueError(
-                f"a plan to start from takes {share:.3f} of the visual FLOPs, more than the budget "
-                f"of {config.budget:g}"
-            )
-        trials.run("given", plan)
+def _given(
+    plan: PruningPlan, maker: PlanMaker, cost: VisualCost, config: SearchConfig
+) -> PruningPlan:
+    plan = replace(plan, **maker.masses)
+    share = cost.share(plan)
+    if share > config.budget:
+        raise ValueError(
+            f"a plan to start from takes {share:.3f} of the visual FLOPs, more than the budget of "
+            f"{config.budget:g}"
+        )
+    return plan
 
 
-def _try_other_budgets(
-    point: Point, maker: PlanMaker, trials: _Trials, config: SearchConfig
-) -> None:
-    for factor in OTHER_BUDGETS[: max(0, config.evaluations - len(trials.done))]:
-        other = config.budget * factor
-        plan = maker.plan(point, budget=other) if other <= 1 else None
-        if plan is not None:
-            trials.run(f"budget {other:g}", plan)
+class _Way:
+    """The way from the dense model to a plan within the budget."""
 
+    def __init__(self, maker: PlanMaker, trials: Trials, config: SearchConfig) -> None:
+        self._maker, self._trials, self._budget = maker, trials, config.budget
+        self._shares: dict[Point, float] = {}
+        self._rates: dict[Move, float] = {}  # nats for each share of the FLOPs, as last measured
+        self._guessed = 1.0  # nats that 1 of `PlanMaker.guess` came to
 
-def _descend(point: Point, maker: PlanMaker, trials: _Trials) -> Point:
-    """Where no move from `point`, or from like points with other layer cuts, helps any more."""
-    if trials.left < 1:
+    def walk(self) -> None:
+        """Down, and then by exchanges, until nothing helps or no more plans may be tried."""
+        spend = int(DESCENT * self._trials.left)
+        point = self._descend(self._maker.dense, spend)
+        while point is not None and self._trials.left > 0:
+            point = self._exchange(point)
+
+    # -- down ----------------------------------------------------------------------------------
+
+    def _descend(self, point: Point, spend: int) -> Point | None:
+        """A point within the budget, after about `spend` more plans; None where no more may be
+        tried before it is reached."""
+        last = self._trials.left - spend
+        while (share := self._share(point)) > self._budget:
+            options = self._cheaper(point)
+            if self._trials.left < 3 or not options:
+                return None
+            left = self._trials.left - last
+            rounds = math.log(self._budget / share) / math.log(STEP)
+            rounds = max(1.0, min(rounds, left / LEAST))
+            quota = int(left / rounds) - 2
+            losses = self._losses(point, options, max(1, quota))
+            goal = max(self._budget, share * (self._budget / share) ** (1 / rounds))
+            point = self._together(point, losses, goal, careful=quota > LEAST)
         return point
-    best = trials.run("FFN fills the budget", maker.plan(point))
-    for quarters in (1, 3, 4):
-        cut = max(1, maker.layers * quarters // 4)
-        other = maker.within(replace(point, cut=cut, first=2))
-        if other is not None and trials.left > 0:
-            tried = trials.run(f"{cut} layers", maker.plan(other))
-            best, point = min((best, point), (tried, other), key=lambda pair: pair[0].divergence)
-    for step in STEPS:
-        moved = True
-        while moved and trials.left > 0:
-            moved = False
-            for move in _moves(step):
-                # A move that helped is made again.
-                while trials.left > 0 and (ahead := move.of(point, maker.layers)) is not None:
-                    ahead = maker.within(ahead)
-                    if ahead is None:
-                        break
-                    tried = trials.run(move.name, maker.plan(ahead))
-                    if tried.divergence >= best.divergence:
-                        break
-                    best, point, moved = tried, ahead, True
-    return point
+
+    def _cheaper(self, point: Point) -> dict[Move, Point]:
+        share = self._share(point)
+        ways = self._maker.removals(point)
+        return {move: to for move, to in ways if self._share(to) < share - 1e-12}
+
+    def _losses(self, point: Point, options: dict[Move, Point], quota: int) -> dict[Move, float]:
+        """What each move loses, in nats, the best for the FLOPs that it saves first. At most
+        `quota` are measured: those that never were, and the AGAIN best of the others; of the rest
+        it is what they lost elsewhere, or what the statistics make of them."""
+        base, saved, rates = self._kl("here", point), {}, {}
+        for move, to in options.items():
+            saved[move] = self._share(point) - self._share(to)
+            guess = self._guessed * self._maker.guess(point, move, to) / saved[move]
+            rates[move] = self._rates.get(move, guess)
+        best = sorted(options, key=lambda move: rates[move])
+        again = set([move for move in best if move in self._rates][:AGAIN])
+        measured, guesses = 0.0, 0.0
+        for move in [move for move in best if move not in self._rates or move in again]:
+            if not self._trials.known(self._maker.plan(options[move])):
+                if quota < 1 or self._trials.left < 2:
+                    continue
+                quota -= 1
+            loss = max(self._kl(_why(move), options[move]) - base, 0) + NOTHING
+            rates[move] = self._rates[move] = loss / saved[move]
+            if math.isfinite(loss):
+                measured += loss
+                guesses += self._maker.guess(point, move, options[move])
+        if guesses > 0:
+            self._guessed = measured / guesses
+        return {move: rates[move] * saved[move] for move in sorted(rates, key=lambda m: rates[m])}
+
+    def _together(
+        self, point: Point, losses: dict[Move, float], goal: float, careful: bool
+    ) -> Point:
+        """The best moves at once, so many as bring the FLOPs down to `goal`. careful: fewer where
+        they would lose much, or together lose more than each alone."""
+        base, best = self._kl("here", point), list(losses)
+        while True:
+            to, expected, made = point, base, set()
+            for move in best:
+                then = dict(self._maker.removals(to)).get(move)
+                if then is None or move[:2] in made:
+                    continue  # of a layer's heads, attention or FFN one at a time
+                to, expected = then, expected + losses[move]
+                made.add(move[:2])
+                if self._share(to) <= goal or (careful and expected > 2 * base + FINE):
+                    break
+            if not careful or len(made) == 1 or self._kl("together", to) <= SLACK * expected:
+                return to
+            best = [move for move in best if move[:2] in made][: len(made) // 2]
+
+    # -- across --------------------------------------------------------------------------------
+
+    def _exchange(self, point: Point) -> Point | None:
+        """A better point within the budget; None where putting things back leads to none."""
+        base, share = self._kl("here", point), self._share(point)
+        gains: dict[Point, float] = {}
+        for move, to in self._maker.additions(point):
+            if self._share(to) <= share + 1e-12 or to in gains or self._trials.left < 1:
+                continue
+            gains[to] = (base - self._kl(_why(move), to)) / (self._share(to) - share)
+        for to in sorted(gains, key=lambda to: -gains[to])[:EXCHANGES]:
+            if gains[to] <= 0:
+                break
+            there = self._descend(to, self._trials.left)
+            if there is not None and self._kl("exchanged", there) < base - NOTHING:
+                return there
+        return None
+
+    # ------------------------------------------------------------------------------------------
+
+    def _share(self, point: Point) -> float:
+        if point not in self._shares:
+            self._shares[point] = self._maker.share(point)
+        return self._shares[point]
+
+    def _kl(self, why: str, point: Point) -> float:
+        plan = self._maker.plan(point)
+        if self._trials.left < 1 and not self._trials.known(plan):
+            return math.inf
+        return self._trials.run(why, plan).divergence
 
 
-@dataclass(frozen=True)
-class _Move:
-    """A step along one coordinate. of: (point, layers) → the point it leads to, None if to none."""
-
-    name: str
-    of: Callable[[Point, int], Point | None]
-
-
-def _moves(step: float) -> Iterator[_Move]:
-    """By layers and heads at each step size, the rest at the largest only."""
-    for sign, more in ((-1, "fewer"), (1, "more")):
-
-        def cut(point: Point, layers: int, sign: int = sign) -> Point | None:
-            to = point.cut + sign * max(1, round(step * layers))
-            return replace(point, cut=to) if 1 <= to <= layers else None
-
-        def heads(point: Point, layers: int, sign: int = sign) -> Point | None:
-            to = min(1.0, point.heads + sign * step)
-            return replace(point, heads=to) if 0 < to != point.heads else None
-
-        yield _Move(f"{more} layers", cut)
-        yield _Move(f"{more} heads", heads)
-    if step != STEPS[0]:
-        return
-    for window in WINDOWS:
-
-        def look(point: Point, layers: int, window: Any = window) -> Point | None:
-            return replace(point, window=window) if window != point.window else None
-
-        yield _Move("window", look)
-    for first in (2, 1, 0):
-
-        def whole(point: Point, layers: int, first: int = first) -> Point | None:
-            return replace(point, first=first) if first != point.first else None
-
-        yield _Move("first layers", whole)
-    by = {"ratios": "visual_mass", "visual_mass": "ratios"}
-    yield _Move("ranking of heads", lambda point, layers: replace(point, by=by[point.by]))
-    yield _Move("visual queries", lambda point, layers: replace(point, zero=not point.zero))
-
-
-class _Trials:
-    """Runs plans, each once, and keeps what came out."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        known: Sequence[Reference],
-        cost: VisualCost,
-        evaluations: int,
-        bar: Any,
-        log: Callable[[Evaluation], None] | None,
-    ) -> None:
-        self._model, self._known, self.cost = model, known, cost
-        self._bar, self._log = bar, log
-        self.left = evaluations - len(OTHER_BUDGETS)  # for all but the last ones
-        self.done: list[Evaluation] = []
-        self._by_plan: dict[PruningPlan, Evaluation] = {}
-
-    def run(self, why: str, plan: PruningPlan) -> Evaluation:
-        if plan not in self._by_plan:
-            self.left -= 1
-            kl, same = (
-                float(x.double().mean()) for x in divergence(self._model, plan, self._known)
-            )
-            kl = kl if math.isfinite(kl) else math.inf  # NaN would pass for the least
-            tried = Evaluation(why, plan, self.cost.share(plan), kl, same)
-            self._by_plan[plan] = tried
-            self.done.append(tried)
-            self._bar.update()
-            if self._log is not None:
-                self._log(tried)
-        return self._by_plan[plan]
+def _why(move: Move) -> str:
+    field, layer, to = move
+    return f"{field} {to}" if layer < 0 else f"{field} {to} in layer {layer}"

@@ -4,9 +4,11 @@ finds nothing."""
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
-from yopo.calibration.search import Evaluation, Found
+from yopo.calibration.search import Found
+from yopo.calibration.search_trials import Evaluation
 from yopo.files import write_whole
 
 COLUMNS = (
@@ -15,9 +17,8 @@ COLUMNS = (
     "layer_cut",
     "heads_kept",
     "window",
-    "window_causal",
-    "ffn_ratio",
-    "prune_visual_queries",
+    "visual_attention",
+    "ffn",
     "visual_flops",
     "kl",
     "same_answer",
@@ -27,8 +28,9 @@ COLUMNS = (
 
 
 def write_csv(path: Path, found: Found) -> None:
-    """One line for each plan tried, in order. visual_flops: share of the dense model's; kl: nats
-    for each token of the answer; pareto: on the front."""
+    """One line for each plan tried, in order. heads_kept, visual_attention (1: visual tokens
+    attend), ffn (neurons): by layer, heads below the layer cut; one value: of all. visual_flops:
+    share of the dense model's; kl: nats for each token of the answer; pareto: on the front."""
     front = found.front()
     with write_whole(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -41,18 +43,22 @@ def write_csv(path: Path, found: Found) -> None:
 def _row(tried: Evaluation) -> list[object]:
     plan = tried.plan
     kept = plan.head_keep[: plan.layer_cut].sum(1).tolist()
+    ffn = [f"1/{plan.ffn_ratio:g}"] if plan.ffn is None else _each(plan.ffn)
     return [
         tried.why,
         plan.layer_cut,
         " ".join(map(str, kept)),
         "none" if plan.window is None else plan.window,
-        int(plan.window_causal),
-        f"{plan.ffn_ratio:g}",
-        int(plan.prune_visual_queries),
+        "".join("01"[on] for on in plan.visual_attends),
+        " ".join(map(str, ffn)),
         f"{tried.visual_flops:.6f}",
         f"{tried.divergence:.6g}",
         f"{tried.same:.4f}",
     ]
+
+
+def _each(value: object) -> Sequence[object]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def draw(path: Path, found: Found) -> None:

@@ -21,7 +21,13 @@ from yopo.plan import sinks
 from yopo.plan.pruning_plan import PruningPlan
 
 # What a calibration puts beside the checkpoint that it makes; another one's is not copied.
-RESULTS = ("statistics.safetensors", "headmask_*.npy", "search.csv", "pareto.png")
+RESULTS = (
+    "statistics.safetensors",
+    "headmask_*.npy",
+    "search.jsonl",
+    "search.csv",
+    "pareto.png",
+)
 
 
 def write(source: Path, target: Path, plan: PruningPlan, order: Tensor | None) -> None:

@@ -1,8 +1,8 @@
 """`python -m yopo calibrate MODEL --data FILE --out DIR`: a pruned checkpoint of a model, from
 questions about images. Arguments, files and words; nothing is computed here.
 
-DIR is made under the name DIR.partial, and renamed when all is in it. Statistics are kept there
-from the start: the same command goes on from where it was stopped.
+DIR is made under the name DIR.partial, and renamed when all is in it. Statistics and the plans
+that a search tries are kept there from the start: the same command goes on from where it stopped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from yopo.calibration.config import RULES, CalibrationConfig, config_of
-from yopo.calibration.results_folder import STATISTICS, is_ours, write
+from yopo.calibration.results_folder import STATISTICS, TRIALS, is_ours, write
 from yopo.commands import INTERRUPTED
 from yopo.errors import BadInput, CannotGoOn
 
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--window", type=int, help="neighbours that visual tokens see (5); 0: all")
     search = parser.add_argument_group("or the best one found for a budget")
     search.add_argument("--budget", type=float, help="share of the visual FLOPs, such as 0.25")
-    search.add_argument("--evaluations", type=int, default=40, help="most plans tried (40)")
+    search.add_argument("--evaluations", type=int, default=400, help="most plans tried (400)")
     both = parser.add_argument_group("with either")
     both.add_argument("--mass", default="sink", metavar="HEAD[/CUT]", help="(sink)")
     both.add_argument(
@@ -110,6 +110,7 @@ def _calibrate(args: argparse.Namespace, config: CalibrationConfig) -> None:
         config,
         statistics=known,
         statistics_path=partial / STATISTICS if known is None else None,
+        search_path=partial / TRIALS,
         progress=True,
         tell=print,
     )
