@@ -9,11 +9,13 @@ that fails is said at the end, and loses no other.
 import argparse
 import hashlib
 import json
+import math
 import shutil
 import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from variants import Variant
 
 from yopo import PruningPlan, apply
 from yopo.calibration.divergence import Reference, references
+from yopo.calibration.sink_fit import blind_heads
 from yopo.files import write_whole
 
 HERE = Path(__file__).resolve().parent
@@ -176,18 +179,12 @@ class Study:
         return plans.samples(self.reader(), self.train_data, count, seed)
 
     def plan(self, variant: Variant) -> PruningPlan | None:
-        """None: the variant has none."""
+        """Under drop where it has a mass. None: the variant has no plan."""
         if variant.rule in variants.RECIPES:
             return self._recipe(variant.rule, variant.budget)
         if variant.rule == "hand":
-            plan = variants.plan_by_hand(variant.budget, self.statistics.ratios)
-        elif variant.rule == "search":
-            plan = self._searched(variant.budget)
-        else:
-            return None
-        if variant.mass == "sink":
-            return plans.with_sinks(self.reader(self.ranked), plan, self.samples)
-        return plan.with_mass(variant.mass)
+            return variants.plan_by_hand(variant.budget, self.statistics.ratios)
+        return self._searched(variant.budget) if variant.rule == "search" else None
 
     def _recipe(self, rule: str, budget: int) -> PruningPlan | None:
         reader = self.reader()
@@ -222,38 +219,65 @@ class Study:
 
     def measure(self, variant: Variant) -> None:
         """Leaves work/measured/NAME.json: which test questions are answered rightly."""
-        path = self.work / "measured" / f"{variant.name}.json"
+        path = self._measured(variant)
         if path.exists():
             return
         began, plan = time.time(), self.plan(variant)
-        reader = self.reader(None if plan is None else self.ranked)
-        facts, layer, tokens = {"plan": "", "products": str(learn.fast_products())}, 0, VISUAL
-        if plan is not None:
-            facts["plan"] = plan.summary()
-            facts["visual"], facts["total"] = variants.shares(reader.config, plan)
-            apply(reader.llama, plan)
-        elif variant.rule in variants.RIVALS:
-            layer, tokens = rivals.kept(reader.config, variant.rule, variant.budget / 100)
-        if variant.rule == "downsampling":
-            rows, columns = reader.grid = rivals.coarse_grid(tokens)
-            facts["plan"], tokens = f"{rows} x {columns} visual tokens", rows * columns
-        elif variant.rule in variants.RIVALS:
-            facts["plan"] = f"{tokens} of {VISUAL} visual tokens from layer {layer} on"
         if plan is None:
-            least = rivals.visual_flops(reader.config, layer, tokens)
-            facts["visual"] = 100 * least / rivals.visual_flops(reader.config, 0, VISUAL)
+            guess, facts = self._without_plan(variant)
+        elif variant.mass in variants.MASSES[1:] and not blind_heads(plan).any():
+            return self._copy(replace(variant, mass="drop"), variant)  # no mass goes anywhere
+        else:
+            guess, facts = self._under(plan, variant)
+        right = self._right(guess)
+        facts |= {"products": str(learn.fast_products()), "seconds": time.time() - began}
+        self._write(variant, facts | {"right": right})
+        got = ", ".join(f"{task} {answers.accuracy(r):.2f}" for task, r in right.items())
+        at = f"at {facts['visual']:.1f} % ({facts['seconds']:.0f} s)"
+        print(f"{variant.name}: {got} {at}", flush=True)
+
+    def _under(self, plan: PruningPlan, variant: Variant) -> tuple[answers.Guess, dict[str, Any]]:
+        reader = self.reader(self.ranked)
+        if variant.mass == "sink":
+            plan = plans.with_sinks(reader, plan, self.samples)
+        elif variant.mass:
+            plan = plan.with_mass(variant.mass)
+        visual, total = variants.shares(reader.config, plan)
+        apply(reader.llama, plan)
         if variant.tuned:
             self.tune(reader, variant.name)
-        choose = rivals.CHOICES.get(variant.rule)
-        guess = answers.guesses(reader.eval())
+        facts = {"plan": plan.summary(), "visual": visual, "total": total}
+        return answers.guesses(reader.eval()), facts
+
+    def _without_plan(self, variant: Variant) -> tuple[answers.Guess, dict[str, Any]]:
+        reader, rule, layer, tokens = self.reader(), variant.rule, 0, VISUAL
+        if rule in variants.RIVALS:
+            layer, tokens = rivals.kept(reader.config, rule, variant.budget / 100)
+        if rule == "downsampling":
+            reader.grid = rivals.coarse_grid(tokens)
+            tokens = math.prod(reader.grid)
+        if variant.tuned:
+            self.tune(reader, variant.name)
+        reader.eval()
+        choose = rivals.CHOICES.get(rule)
+        guess = answers.guesses(reader)
         if choose is not None:
             guess = rivals.dropping(reader, layer, tokens, choose)
-        right, took = self._right(guess), time.time() - began
-        with write_whole(path) as partial:
-            named = {"name": variant.name, **vars(variant), **facts}
-            partial.write_text(json.dumps({**named, "seconds": took, "right": right}))
-        got = ", ".join(f"{task} {answers.accuracy(r):.2f}" for task, r in right.items())
-        print(f"{variant.name}: {got} at {facts['visual']:.1f} % ({took:.0f} s)", flush=True)
+        least, dense = (rivals.visual_flops(reader.config, layer, n) for n in (tokens, VISUAL))
+        told = f"{tokens} of {VISUAL} visual tokens from layer {layer} on"
+        return guess, {"plan": told, "visual": 100 * least / dense}
+
+    def _measured(self, variant: Variant) -> Path:
+        return self.work / "measured" / f"{variant.name}.json"
+
+    def _write(self, variant: Variant, facts: dict[str, Any]) -> None:
+        with write_whole(self._measured(variant)) as partial:
+            partial.write_text(json.dumps({**facts, "name": variant.name, **vars(variant)}))
+
+    def _copy(self, known: Variant, variant: Variant) -> None:
+        self.measure(known)
+        self._write(variant, json.loads(self._measured(known).read_text()))
+        print(f"{variant.name}: the same as {known.name}, nothing is blind")
 
     def _right(self, guess: answers.Guess) -> dict[str, list[list[bool]]]:
         """Each task in a thread of its own: operations are too small to share one among cores."""
