@@ -168,7 +168,9 @@ def _panel(axes: Any, made: list[Row], task: str) -> None:
     for rule, mass in sorted(
         {(r["rule"], r["mass"]) for r in made}, key=lambda k: RULES.index(k[0])
     ):
-        chosen = [r for r in made if (r["rule"], r["mass"]) == (rule, mass)]
+        chosen = [r for r in made if (r["rule"], r["mass"]) == (rule, mass) and r["visual"] > 0]
+        if not chosen:
+            continue
         chosen.sort(key=lambda r: r["visual"])
         if rule == "dense":
             axes.axhline(chosen[0][task], color="black", linewidth=0.8, label="dense")
@@ -182,7 +184,7 @@ def _panel(axes: Any, made: list[Row], task: str) -> None:
             linestyle={"search": "-", "hand": "--"}.get(rule, ":"),
         )  # fmt: skip
     axes.set_xscale("log")
-    axes.set_xlim(2.5, 110)  # what sees no picture, at 0, is in the table
+    axes.set_xlim(2.5, 110)  # what costs nothing sees no picture: it is in the table
     axes.set_xticks([4, 8, 12, 25, 50, 100], ["4", "8", "12", "25", "50", "100"])
     axes.minorticks_off()
     axes.set_ylabel("right answers, %")

@@ -7,7 +7,6 @@ layers; right for what it computes, and not made to be fast. A coarser picture i
 """
 
 from collections.abc import Callable
-from math import isqrt
 from typing import Any
 
 import torch
@@ -32,6 +31,8 @@ def at_random(attention: Tensor) -> Tensor:
     return torch.rand(attention.shape, generator=torch.Generator().manual_seed(7))
 
 
+# The coarser picture of each budget: whole parts of the 8 x 8 as long as it affords them.
+COARSE = {50: (8, 4), 25: (4, 4), 12: (3, 2), 4: (2, 1)}
 CHOICES = {"FastV": by_attention, "random after layer": at_random, "random tokens": at_random}
 
 
@@ -122,9 +123,3 @@ def kept(config: Any, rule: str, budget: float) -> tuple[int, int]:
         layer, keep = able[-1], affordable(config, able[-1], budget)
     assert keep is not None
     return layer, keep
-
-
-def coarse_grid(most: int) -> tuple[int, int]:
-    """The largest grid of at most so many cells: square, or with one row more than columns."""
-    side = isqrt(most)
-    return (side + 1, side) if (side + 1) * side <= most else (side, side)

@@ -254,7 +254,7 @@ class Study:
         if rule in variants.RIVALS:
             layer, tokens = rivals.kept(reader.config, rule, variant.budget / 100)
         if rule == "downsampling":
-            reader.grid = rivals.coarse_grid(tokens)
+            reader.grid = rivals.COARSE[variant.budget]
             tokens = math.prod(reader.grid)
         if variant.tuned:
             self.tune(reader, variant.name)

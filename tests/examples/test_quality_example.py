@@ -222,7 +222,8 @@ def test_a_coarser_picture_has_the_means_of_its_parts(reader: Reader, batch: ans
     assert torch.equal(coarse[:, :1], whole[:, :1]) and coarse.shape[1] == 1 + 4 * 2
     parts = whole[:, 1:].unflatten(1, (4, 2, 2, 4)).mean((2, 4)).flatten(1, 2)
     torch.testing.assert_close(coarse[:, 1:], parts)
-    assert [rivals.coarse_grid(n) for n in (16, 7, 2)] == [(4, 4), (3, 2), (2, 1)]
+    for budget, (rows, columns) in rivals.COARSE.items():
+        assert rows * columns <= rivals.kept(Reader().config, "downsampling", budget / 100)[1]
 
 
 def test_vtw_as_a_recipe_answers_as_dropping_every_token(batch: answers.Batch) -> None:
