@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from learn import pad
+from learn import pad, products
 from network import Reader
 from pictures import Task, Turn, tokens
 from torch import Tensor
@@ -79,13 +79,11 @@ def question_logits(reader: Reader, batch: Batch) -> Tensor:
 
 
 @torch.inference_mode()
-def right_answers(
-    guess: Guess, task: Task, features: Tensor, half: bool = True
-) -> list[list[bool]]:
-    """For each picture which of its questions are answered rightly; with bfloat16 products."""
+def right_answers(guess: Guess, task: Task, features: Tensor) -> list[list[bool]]:
+    """For each picture which of its questions are answered rightly."""
     right: list[list[bool]] = []
     for where, batch in batches(task.turns, features):
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with products():
             hits = iter((guess(batch) == batch.answers).tolist())
         right += [[next(hits) for _ in about] for about in task.turns[where]]
     return right

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,6 +22,27 @@ from tqdm import tqdm, trange
 WORKERS = 2  # parts of a batch at a time: operations are too small to share one among cores
 TURNS = 8  # questions to a picture in one training sequence
 READINGS = 2  # "read row-2" and the like: four answers at the price of one question
+
+
+@cache
+def fast_products() -> torch.dtype:
+    """bfloat16 where this machine multiplies it faster than float32; else float32."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        rows, weight = torch.ones(1024, 128, dtype=dtype), torch.ones(352, 128, dtype=dtype)
+        took = []
+        for _ in range(5):
+            began = time.perf_counter()
+            F.linear(rows, weight)
+            took.append(time.perf_counter() - began)
+        return min(took)
+
+    return min(torch.float32, torch.bfloat16, key=seconds)
+
+
+def products() -> torch.autocast:
+    """Within it products are `fast_products`."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=fast_products() is torch.bfloat16)
 
 
 def save(value: object, path: Path) -> None:
@@ -82,7 +104,7 @@ def train_tower(tasks: list[Task], path: Path, steps: int, batch: int = 64) -> T
             pixels.append(task.pixels[rows])
             labels.append(task.classes[rows])
         loss = torch.zeros(())
-        with torch.autocast("cpu", torch.bfloat16):
+        with products():
             logits = model(torch.cat(pixels))
         for channel, (guess, weight) in enumerate(zip(logits, weights, strict=True)):
             truth = torch.cat(labels)[:, channel]
@@ -149,13 +171,11 @@ def train_reader(
     warm: float = 0.05,
     kinds: Sequence[str] = LEARNED,
     readings: float = 0.0,
-    half: bool = True,
 ) -> None:
     """Trains the model as it stands (dense or under a plan) on all tasks alike; leaves `path`.
 
     kinds: of the questions about digits.
     readings: for this share of the steps it also reads READINGS lines of digits off each picture.
-    half: bfloat16 products (autocast).
     """
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
@@ -168,7 +188,7 @@ def train_reader(
     def learn(part: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Loss of each place, and gradients, of a part of a batch."""
         seen, ids, targets = part
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with products():
             logits = model(seen.float(), ids)
         logits, targets = logits.float().flatten(0, 1), targets.flatten()
         losses = F.cross_entropy(logits, targets, reduction="none")

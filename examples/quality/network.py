@@ -7,6 +7,7 @@ visual_mask. No training and no data here.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pictures import CELLS, vocabulary
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -85,10 +86,14 @@ class Projector(nn.Module):
 
 
 class Reader(nn.Module):
-    """Projector and language model: reads <s>, the picture, and turns of question and answer."""
+    """Projector and language model: reads <s>, the picture, and turns of question and answer.
+
+    grid: a coarser one than GRID downsamples the picture: each visual token is then the mean of
+    those on its part of the picture, and so are their embeddings of rows and columns."""
 
     def __init__(self, **changes: Any) -> None:
         super().__init__()
+        self.grid = GRID
         config = LlamaConfig(**LLAMA | {"vocab_size": len(vocabulary())} | changes)
         self.llama = LlamaForCausalLM(config)
         self.projector = Projector(config.hidden_size)
@@ -117,7 +122,11 @@ class Reader(nn.Module):
     def prefix(self, features: Tensor) -> Tensor:
         """Features (b, 64, 96) to the embeddings of <s> and picture (b, 65, d)."""
         bos = self.llama.get_input_embeddings()(torch.full((len(features), 1), BOS))
-        return torch.cat([bos, self.projector(features)], dim=1)
+        picture = self.projector(features)
+        if self.grid != GRID:
+            cells = picture.transpose(1, 2).unflatten(2, GRID)
+            picture = F.adaptive_avg_pool2d(cells, self.grid).flatten(2).transpose(1, 2)
+        return torch.cat([bos, picture], dim=1)
 
     def forward(self, features: Tensor, ids: Tensor) -> Tensor:
         """Logits (b, n, words) at the ids (b, n) after the picture; padding is on the right."""

@@ -46,6 +46,10 @@ class Task:
     grids: Tensor | None
     turns: list[list[Turn]]
 
+    def first(self, count: int) -> "Task":
+        grids = None if self.grids is None else self.grids[:count]
+        return Task(self.pixels[:count], self.classes[:count], grids, self.turns[:count])
+
 
 def digits_task(split: str, pictures: int) -> Task:
     """Grids of 4 x 4 handwritten digits; "test" has other handwriting, and two questions a kind."""

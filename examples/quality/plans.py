@@ -1,32 +1,32 @@
-"""Plans from the dense reader's statistics: samples for yopo's calibration and its budget search.
+"""Plans from the dense reader's statistics and answers: samples for yopo's calibration, its search,
+sinks, and which layers a recipe takes first.
 
-Thin: the statistics, the ranking of neurons and the search are yopo's own.
+Thin: the statistics, the ranking of neurons, the search and the sinks are yopo's own.
 """
 
-import json
 import random
 from pathlib import Path
 from typing import Any
 
 import torch
+import variants
 from network import VISUAL, Reader
 from pictures import Task, draw_turns, tokens
 from torch import Tensor
 
-from yopo import PruningPlan
+from yopo import PruningPlan, fit_sinks
 from yopo.calibration.collect import collect
 from yopo.calibration.config import SearchConfig
-from yopo.calibration.divergence import references
-from yopo.calibration.mass_fit import fit_text_mass
+from yopo.calibration.divergence import Reference, mean_kl
 from yopo.calibration.neurons import put, ranked, reorder
 from yopo.calibration.sample_statistics import Statistics
 from yopo.calibration.search import search
+from yopo.files import read_json, write_json
 
 __all__ = ["put", "ranked", "reorder"]
 
-SAMPLES = 100  # for the head mask, as released
+SAMPLES = 100  # for the head mask, as released, and for sinks
 HELD_OUT = 80  # other ones, for the search
-EVALUATIONS = 40
 
 
 def samples(
@@ -61,40 +61,42 @@ def statistics(reader: Reader, among: list[dict[str, Any]], path: Path) -> Stati
 def searched(
     reader: Reader,
     measured: Statistics,
-    held_out: list[dict[str, Any]],
+    known: list[Reference],
     budget: int,
-    start: PruningPlan,
+    start: list[PruningPlan],
     path: Path,
 ) -> PruningPlan:
-    """The plan that yopo's search finds within `budget` percent under "calibrated", from `start`
-    on, kept in `path` with its log."""
+    """The plan that yopo's search finds within `budget` percent under drop, of `start` and those
+    that it makes; kept in `path` with its log."""
     if not path.exists():
         log: list[dict[str, Any]] = []
 
         def note(one: Any) -> None:
             log.append({"why": one.why, "flops": one.visual_flops, "kl": one.divergence})
 
-        config = SearchConfig(budget=budget / 100, mass="calibrated", evaluations=EVALUATIONS)
-        known = references(reader.llama, held_out)
-        found = search(
-            reader.llama, known, measured, config, start=[start], progress=True, log=note
-        )
-        holder = dict(reader.config.to_dict())
-        found.plan.save_to(holder)
-        path.write_text(json.dumps({**holder, "log": log}, default=str))
-    plan = PruningPlan.from_config(json.loads(path.read_text()))
-    assert plan is not None
-    return plan
+        config = SearchConfig(budget=budget / 100, mass="drop")
+        plan = search(
+            reader.llama, known, measured, config, start=start, progress=True, log=note
+        ).plan
+        holder: dict[str, Any] = {}
+        plan.save_to(holder)
+        write_json(path, {"summary": plan.summary(), **holder, "log": log})
+    return PruningPlan.load(path)
 
 
-def fitted(
-    reader: Reader,
-    plan: PruningPlan,
-    known: list[dict[str, Any]],
-    held_out: list[dict[str, Any]],
-) -> PruningPlan:
-    """`plan` with its calibrated constants fitted together to the dense reader's answers."""
-    if plan.layer_cut == plan.num_layers and plan.head_keep.all():
-        return plan  # nothing is blind: no constant is ever used
-    ours, theirs = (references(reader.llama, some) for some in (known, held_out))
-    return fit_text_mass(reader.llama, plan, ours, theirs)
+def ranking(reader: Reader, known: list[Reference], rule: str, path: Path) -> list[int]:
+    """The layers, first the one that changes answers least when it alone loses what the recipe
+    takes (ShortV's own criterion); kept in `path`."""
+    if not path.exists():
+        layers = range(reader.config.num_hidden_layers)
+        plans = [variants.recipe(reader.config, rule, [layer]) for layer in layers]
+        change = [mean_kl(reader.llama, plan, known) for plan in plans]
+        write_json(path, {"kl": change, "order": sorted(layers, key=change.__getitem__)})
+    return read_json(path)["order"]
+
+
+def with_sinks(reader: Reader, plan: PruningPlan, among: list[dict[str, Any]]) -> PruningPlan:
+    """`plan` under sinks that give the dense reader's mass."""
+    fit = fit_sinks(reader.llama, among, plan, target="dense")
+    print(fit)
+    return fit.plan

@@ -1,9 +1,9 @@
-"""Rivals that drop visual tokens, training-free as published: FastV, VTW, random dropping.
+"""Rivals that have fewer visual tokens: FastV, random dropping, and a coarser picture.
 
-All are one thing: read the picture densely up to a layer, choose which visual tokens go on from
-there, and let the layers above see no others. FastV (arXiv 2403.06764) keeps those that the last
-token attends to most; VTW (arXiv 2405.05803) keeps none; the control keeps random ones. Their own
-short pass over the Llama layers; right for what it computes, and not made to be fast.
+The first two are one thing: read the picture densely up to a layer, choose which visual tokens go
+on from there, and let the layers above see no others. FastV (arXiv 2403.06764) keeps those that the
+last token attends to most; the control keeps random ones. Their own short pass over the Llama
+layers; right for what it computes, and not made to be fast. A coarser picture is `Reader.grid`.
 """
 
 from collections.abc import Callable
@@ -29,6 +29,11 @@ def by_attention(attention: Tensor) -> Tensor:
 
 def at_random(attention: Tensor) -> Tensor:
     return torch.rand(attention.shape, generator=torch.Generator().manual_seed(7))
+
+
+# The coarser picture of each budget: whole parts of the 8 x 8 as long as it affords them.
+COARSE = {50: (8, 4), 25: (4, 4), 12: (3, 2), 4: (2, 1)}
+CHOICES = {"FastV": by_attention, "random after layer": at_random, "random tokens": at_random}
 
 
 def _layer(
@@ -106,3 +111,15 @@ def affordable(config: Any, layer: int, budget: float) -> int | None:
     most = budget * visual_flops(config, 0, VISUAL)
     fits = [keep for keep in range(VISUAL + 1) if visual_flops(config, layer, keep) <= most]
     return max(fits, default=None)
+
+
+def kept(config: Any, rule: str, budget: float) -> tuple[int, int]:
+    """From which layer on there are fewer tokens, and how many: what `budget` affords.
+
+    FastV's layer is 2, or 1 where two dense layers are beyond the budget."""
+    layer, keep = 0, affordable(config, 0, budget)
+    if rule in ("FastV", "random after layer"):
+        able = [n for n in range(3) if affordable(config, n, budget) is not None]
+        layer, keep = able[-1], affordable(config, able[-1], budget)
+    assert keep is not None
+    return layer, keep

@@ -2,16 +2,21 @@
 
 Trains the dense reader (unless its weights are here), prunes it in all ways of variants.py,
 measures each on the whole test sets and writes results/: quality.csv, .json, .md and .png. Stages
-are skipped when their result is in work/, long ones go on from where they were stopped.
+are skipped when their result is in work/, long ones go on from where they were stopped. A variant
+that fails is said at the end, and loses no other.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +35,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from variants import Variant
 
-from yopo import apply
+from yopo import PruningPlan, apply
+from yopo.calibration.divergence import Reference, references
+from yopo.calibration.sink_fit import blind_heads
+from yopo.files import write_whole
 
 HERE = Path(__file__).resolve().parent
 COMMITTED = HERE / "weights.safetensors"  # tower and dense reader as trained, float16
 TRAIN_PICTURES, TEST_PICTURES = 8000, 1000  # of digits
 EASY_COPIES = 1
+LEAST = 100  # pictures of each kind in a trial
+ASKED = 12  # questions in one, where the study has its SAMPLES and HELD_OUT
 STEPS = {"tower": 600, "dense": 1800, "tuned": 120}
 BATCH, RATE, TUNED_RATE = 32, 1.5e-3, 5e-4
 
@@ -43,6 +53,7 @@ BATCH, RATE, TUNED_RATE = 32, 1.5e-3, 5e-4
 class Study:
     def __init__(self, work: Path, results: Path, share: float) -> None:
         self.work, self.results, self.share = work, results, share
+        print(f"products in {learn.fast_products()}")
         # A trial's weights do not take the place of the study's.
         self.weights = COMMITTED if COMMITTED.exists() or share == 1 else work / COMMITTED.name
         for folder in (work, results):
@@ -50,10 +61,9 @@ class Study:
         steps = {stage: self.steps(stage) for stage in STEPS}
         self._refuse_other("course.json", {"steps": steps, "batch": BATCH, "rate": RATE})
         self.test = {
-            "easy": pictures.easy_task("test"),
-            "digits": pictures.digits_task("test", TEST_PICTURES),
+            "easy": self._some(pictures.easy_task("test")),
+            "digits": self._some(pictures.digits_task("test", TEST_PICTURES)),
         }
-        self._train: list[tuple[pictures.Task, Tensor]] | None = None
 
     def _refuse_other(self, name: str, value: Any) -> None:
         """Stages are skipped by the name of their file: ends the program where those in the work
@@ -67,13 +77,17 @@ class Study:
     def steps(self, stage: str) -> int:
         return max(2, round(STEPS[stage] * self.share))
 
+    def _some(self, task: pictures.Task) -> pictures.Task:
+        """All of a task; in a trial its first pictures."""
+        return task if self.share == 1 else task.first(round(len(task.pixels) * self.share) + LEAST)
+
     # -- training ------------------------------------------------------------------------------
 
     def train_weights(self) -> None:
         """Leaves `self.weights`: the tower learns to see, then the reader learns to answer."""
         torch.manual_seed(0)
         path = self.work / "tower.pt"
-        tower = learn.train_tower(self._tasks(), path, self.steps("tower"))
+        tower = learn.train_tower(self._tasks, path, self.steps("tower"))
         for name, task in self.test.items() if not (self.work / "dense.partial").exists() else ():
             print(f"tower on {name}'s test patches: {learn.tower_accuracy(path, task)} %")
         del tower
@@ -82,7 +96,7 @@ class Study:
         steps, dense = self.steps("dense"), self.work / "dense.pt"
         learn.train_reader(
             reader,
-            self.train_data(),
+            self.train_data,
             dense,
             steps,
             BATCH,
@@ -98,11 +112,10 @@ class Study:
         halves = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
         save_file({k: v.contiguous() for k, v in halves.items()}, self.weights)
 
+    @cached_property
     def _tasks(self) -> list[pictures.Task]:
-        if not hasattr(self, "_made"):
-            easy = pictures.easy_task("train", EASY_COPIES)
-            self._made = [easy, pictures.digits_task("train", TRAIN_PICTURES)]
-        return self._made
+        easy = pictures.easy_task("train", EASY_COPIES)
+        return [self._some(easy), self._some(pictures.digits_task("train", TRAIN_PICTURES))]
 
     def _tower(self) -> torch.nn.Module:
         classifier = TowerClassifier()
@@ -119,15 +132,14 @@ class Study:
                     parameter.copy_(parameter.half())  # what the stored weights hold
         return classifier.tower.eval()
 
+    @cached_property
     def train_data(self) -> list[tuple[pictures.Task, Tensor]]:
         """Both training tasks with their features."""
-        if self._train is None:
-            tower = self._tower()
-            self._train = []
-            for name, task in zip(("easy", "digits"), self._tasks(), strict=True):
-                stored = learn.features(tower, task, self.work / f"train-{name}.pt")
-                self._train.append((task, stored))
-        return self._train
+        tower = self._tower()
+        return [
+            (task, learn.features(tower, task, self.work / f"train-{name}.pt"))
+            for name, task in zip(("easy", "digits"), self._tasks, strict=True)
+        ]
 
     # -- the models compared -------------------------------------------------------------------
 
@@ -149,118 +161,131 @@ class Study:
             for name, task in self.test.items()
         }
         self.statistics = plans.statistics(
-            self.reader(), self.samples(plans.SAMPLES, 8), self.work / "statistics.safetensors"
+            self.reader(), self.samples, self.work / "statistics.safetensors"
         )
+        self.ranked = plans.ranked(self.statistics)
 
-    def variant_reader(self, variant: Variant, plan: Any = None) -> Reader:
-        """The pruned reader of a variant, fine-tuned if the variant is."""
-        order = plans.ranked(self.statistics) if variant.neurons == "ranked" else None
-        reader = self.reader(order)
-        apply(reader.llama, plan or self.plan(variant))
-        if variant.tuned:
-            self.tune(reader, variant.name)
-        return reader.eval()
+    @cached_property
+    def samples(self) -> list[dict[str, Any]]:
+        return self._questions(plans.SAMPLES, seed=8)
 
-    def plan(self, variant: Variant) -> Any:
-        text_mass = self.statistics.text_mass()
-        plan = variants.plan_by_hand(variant.budget, self.statistics.ratios)
-        if variant.rule == "search":
-            plan = self.searched(variant.budget, variants.with_mass(plan, "calibrated", text_mass))
-        elif variant.rule == "random":
-            plan = variants.with_random_heads(plan, variant.seed)
-        plan = variants.with_mass(plan, variant.mass, text_mass)
-        if variant.mass == "fitted":
-            reader = self.reader(plans.ranked(self.statistics))
-            plan = plans.fitted(reader, plan, self.samples(plans.SAMPLES, 8), self.held_out())
-        return plan
+    @cached_property
+    def held_out(self) -> list[Reference]:
+        """What the dense reader answers to the questions that choose plans."""
+        return references(self.reader().llama, self._questions(plans.HELD_OUT, seed=9))
 
-    def samples(self, count: int, seed: int) -> list[dict[str, Any]]:
-        return plans.samples(self.reader(), self.train_data(), count, seed)
+    def _questions(self, count: int, seed: int) -> list[dict[str, Any]]:
+        count = count if self.share == 1 else ASKED
+        return plans.samples(self.reader(), self.train_data, count, seed)
 
-    def held_out(self) -> list[dict[str, Any]]:
-        return self.samples(plans.HELD_OUT, 9)
+    def plan(self, variant: Variant) -> PruningPlan | None:
+        """Under drop where it has a mass. None: the variant has no plan."""
+        if variant.rule in variants.RECIPES:
+            return self._recipe(variant.rule, variant.budget)
+        if variant.rule == "hand":
+            return variants.plan_by_hand(variant.budget, self.statistics.ratios)
+        return self._searched(variant.budget) if variant.rule == "search" else None
 
-    def searched(self, budget: int, start: Any) -> Any:
+    def _recipe(self, rule: str, budget: int) -> PruningPlan | None:
+        reader = self.reader()
+        order = list(reversed(range(reader.config.num_hidden_layers)))
+        if rule != "VTW":
+            order = plans.ranking(reader, self.held_out, rule, self.work / f"order-{rule}.json")
+        return variants.within(reader.config, rule, order, budget)
+
+    def _searched(self, budget: int) -> PruningPlan:
+        """Begins from what there is without a search."""
+        path = self.work / f"search-{budget}.json"
         reader = self.reader()
         _, measured = plans.reorder(reader.llama, self.statistics)
-        path = self.work / f"search-{budget}.json"
-        plan = plans.searched(reader, measured, self.held_out(), budget, start, path)
+        start = [self._recipe(rule, budget) for rule in variants.RECIPES]
+        if budget in variants.BY_HAND:
+            start.insert(0, variants.plan_by_hand(budget, self.statistics.ratios))
+        given = [plan for plan in start if plan is not None]
+        plan = plans.searched(reader, measured, self.held_out, budget, given, path)
         shutil.copy(path, self.results)
         return plan
 
     def tune(self, reader: Reader, name: str) -> None:
-        """All fine-tunes are equal but for the plan: steps, rate, and the questions drawn."""
+        """All fine-tunes are equal but for the plan: steps, rate, and the questions drawn. Sinks
+        stay as they were fitted to the dense weights."""
         path = self.work / "tuned" / f"{name}.pt"
         path.parent.mkdir(exist_ok=True)
         learn.train_reader(
-            reader, self.train_data(), path, self.steps("tuned"), BATCH, TUNED_RATE, seed=99
+            reader, self.train_data, path, self.steps("tuned"), BATCH, TUNED_RATE, seed=99
         )
 
     # -- measuring -----------------------------------------------------------------------------
 
-    def measure(self, name: str, make: Callable[[], answers.Guess], facts: dict[str, Any]) -> None:
+    def measure(self, variant: Variant) -> None:
         """Leaves work/measured/NAME.json: which test questions are answered rightly."""
-        path = self.work / "measured" / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
+        path = self._measured(variant)
         if path.exists():
             return
-        began, guess = time.time(), make()
-        torch.set_num_threads(1)
-        right = {
-            task: answers.right_answers(guess, self.test[task], self.features[task])
-            for task in self.test
-        }
-        path.write_text(json.dumps({**facts, "name": name, "right": right}))
+        began, plan = time.time(), self.plan(variant)
+        if plan is None:
+            guess, facts = self._without_plan(variant)
+        elif variant.mass in variants.MASSES[1:] and not blind_heads(plan).any():
+            return self._copy(replace(variant, mass="drop"), variant)  # no mass goes anywhere
+        else:
+            guess, facts = self._under(plan, variant)
+        right = self._right(guess)
+        facts |= {"products": str(learn.fast_products()), "seconds": time.time() - began}
+        self._write(variant, facts | {"right": right})
         got = ", ".join(f"{task} {answers.accuracy(r):.2f}" for task, r in right.items())
-        print(f"{name}: {got} ({time.time() - began:.0f} s)", flush=True)
+        at = f"at {facts['visual']:.1f} % ({facts['seconds']:.0f} s)"
+        print(f"{variant.name}: {got} {at}", flush=True)
 
-    def measure_dense(self) -> None:
-        for tuned in (False, True):
-            facts = {"budget": 100, "mass": "", "tuned": tuned, "rule": "dense", "neurons": ""}
-            facts |= {"visual": 100.0, "total": 100.0}
+    def _under(self, plan: PruningPlan, variant: Variant) -> tuple[answers.Guess, dict[str, Any]]:
+        reader = self.reader(self.ranked)
+        if variant.mass == "sink":
+            plan = plans.with_sinks(reader, plan, self.samples)
+        elif variant.mass:
+            plan = plan.with_mass(variant.mass)
+        visual, total = variants.shares(reader.config, plan)
+        apply(reader.llama, plan)
+        if variant.tuned:
+            self.tune(reader, variant.name)
+        facts = {"plan": plan.summary(), "visual": visual, "total": total}
+        return answers.guesses(reader.eval()), facts
 
-            def make(tuned: bool = tuned) -> answers.Guess:
-                reader = self.reader()
-                if tuned:
-                    self.tune(reader, "dense-tuned")
-                return answers.guesses(reader.eval())
+    def _without_plan(self, variant: Variant) -> tuple[answers.Guess, dict[str, Any]]:
+        reader, rule, layer, tokens = self.reader(), variant.rule, 0, VISUAL
+        if rule in variants.RIVALS:
+            layer, tokens = rivals.kept(reader.config, rule, variant.budget / 100)
+        if rule == "downsampling":
+            reader.grid = rivals.COARSE[variant.budget]
+            tokens = math.prod(reader.grid)
+        if variant.tuned:
+            self.tune(reader, variant.name)
+        reader.eval()
+        choose = rivals.CHOICES.get(rule)
+        guess = answers.guesses(reader)
+        if choose is not None:
+            guess = rivals.dropping(reader, layer, tokens, choose)
+        least, dense = (rivals.visual_flops(reader.config, layer, n) for n in (tokens, VISUAL))
+        told = f"{tokens} of {VISUAL} visual tokens from layer {layer} on"
+        return guess, {"plan": told, "visual": 100 * least / dense}
 
-            self.measure("dense-tuned" if tuned else "dense", make, facts)
+    def _measured(self, variant: Variant) -> Path:
+        return self.work / "measured" / f"{variant.name}.json"
 
-    def measure_variant(self, variant: Variant) -> None:
-        if (self.work / "measured" / f"{variant.name}.json").exists():
-            return
-        plan = self.plan(variant)
-        config = self.reader().config
-        visual, total = variants.shares(config, plan)
-        facts = {**vars(variant), "visual": visual, "total": total, "plan": plan.summary()}
-        self.measure(
-            variant.name, lambda: answers.guesses(self.variant_reader(variant, plan)), facts
-        )
+    def _write(self, variant: Variant, facts: dict[str, Any]) -> None:
+        with write_whole(self._measured(variant)) as partial:
+            partial.write_text(json.dumps({**facts, "name": variant.name, **vars(variant)}))
 
-    def measure_rivals(self) -> None:
-        """FastV after layer 2, or 1 where 2 dense layers are beyond the budget; VTW; random."""
-        config, layers = self.reader().config, self.reader().config.num_hidden_layers
-        dense = rivals.visual_flops(config, 0, VISUAL)
-        for budget in variants.BUDGETS:
-            share = budget / 100
-            able = [k for k in range(layers) if rivals.affordable(config, k, share) is not None]
-            early, last = min(2, able[-1]), able[-1]
-            for rule, layer, choose in (
-                ("FastV", early, rivals.by_attention),
-                ("random after layer", early, rivals.at_random),
-                ("random", 0, rivals.at_random),
-                ("VTW", last, rivals.by_attention),
-            ):
-                keep = 0 if rule == "VTW" else rivals.affordable(config, layer, share)
-                visual = 100 * rivals.visual_flops(config, layer, keep) / dense
-                facts = {"budget": budget, "mass": "", "tuned": False, "rule": rule, "neurons": ""}
-                facts |= {"visual": visual, "plan": f"{keep} of {VISUAL} from layer {layer} on"}
+    def _copy(self, known: Variant, variant: Variant) -> None:
+        self.measure(known)
+        self._write(variant, json.loads(self._measured(known).read_text()))
+        print(f"{variant.name}: the same as {known.name}, nothing is blind")
 
-                def make(layer: int = layer, keep: int = keep, choose: Any = choose) -> Any:
-                    return rivals.dropping(self.reader(), layer, keep, choose)
-
-                self.measure(f"{budget}-{rule}".replace(" ", "-"), make, facts)
+    def _right(self, guess: answers.Guess) -> dict[str, list[list[bool]]]:
+        """Each task in a thread of its own: operations are too small to share one among cores."""
+        torch.set_num_threads(1)
+        with ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            given = [(guess, self.test[task], self.features[task]) for task in self.test]
+            found = pool.map(answers.right_answers, *zip(*given, strict=True))
+            return dict(zip(self.test, found, strict=True))
 
 
 def main() -> None:
@@ -271,7 +296,7 @@ def main() -> None:
     )
     parser.add_argument("--train-only", action="store_true", help="stop after the dense weights")
     parser.add_argument(
-        "--share", type=float, default=1, help="of each stage's steps: 0.01 tries the course out"
+        "--share", type=float, default=1, help="of steps and pictures: 0.01 tries it out"
     )
     arguments = parser.parse_args()
     trial = arguments.share != 1
@@ -283,11 +308,18 @@ def main() -> None:
     if arguments.train_only:
         return
     study.prepare()
-    study.measure_dense()
-    for variant in variants.all_variants():
-        study.measure_variant(variant)
-    study.measure_rivals()
-    write_report(work / "measured", results, study.test)
+    failed = []
+    try:
+        for variant in variants.all_variants():
+            try:
+                study.measure(variant)
+            except Exception:
+                traceback.print_exc()
+                failed.append(variant.name)
+    finally:
+        write_report(work / "measured", results, study.test)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; why is said above, the others are in {results}")
 
 
 if __name__ == "__main__":

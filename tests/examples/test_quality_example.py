@@ -184,10 +184,55 @@ def test_plans_made_by_hand_keep_within_their_budget() -> None:
     for budget in variants.BUDGETS:
         plan = variants.plan_by_hand(budget, ratios)
         assert 0.8 * budget < variants.shares(config, plan)[0] <= budget
-        other = variants.with_random_heads(plan, 0)
-        assert other.head_keep.sum() == plan.head_keep.sum() and other.head_keep[:2].all()
-        assert torch.equal(other.head_keep, plan.head_keep) == (budget == 12)  # no others are left
     assert variants.shares(config, None) == (100, 100)
+
+
+def test_recipes_take_the_first_layers_of_the_order_and_no_more_than_the_budget_asks() -> None:
+    config, order = Reader().config, [5, 0, 3, 7, 1, 2, 11, 4, 10, 9, 8, 6]
+    for rule, budgets in variants.RECIPES.items():
+        for budget in budgets:
+            plan = variants.within(config, rule, order, budget)
+            assert plan is not None and variants.shares(config, plan)[0] <= budget
+            lost = next(n for n in range(13) if variants.recipe(config, rule, order[:n]) == plan)
+            if lost:
+                more = variants.recipe(config, rule, order[: lost - 1])
+                assert variants.shares(config, more)[0] > budget
+    read = variants.within(config, "ViCA", order, 4).head_keep.any(1).nonzero().flatten()
+    assert read.tolist() == sorted(order[-len(read) :])  # those that matter most
+    assert variants.within(config, "ShortV", order, 12) is None  # keys and values alone are more
+
+
+def test_every_variant_has_a_name_of_its_own_and_the_matrix_is_whole() -> None:
+    made = variants.all_variants()
+    assert len({one.name for one in made}) == len(made)
+    for rule in ("hand", "search"):
+        for budget in variants.BUDGETS:
+            for mass in ("exact", "drop", "sink"):
+                for tuned in (False, True):
+                    assert variants.Variant(rule, budget, mass, tuned) in made
+
+
+def test_a_coarser_picture_has_the_means_of_its_parts(reader: Reader, batch: answers.Batch) -> None:
+    whole = reader.prefix(batch.features)
+    try:
+        reader.grid = (4, 2)
+        coarse = reader.prefix(batch.features)
+    finally:
+        reader.grid = GRID
+    assert torch.equal(coarse[:, :1], whole[:, :1]) and coarse.shape[1] == 1 + 4 * 2
+    parts = whole[:, 1:].unflatten(1, (4, 2, 2, 4)).mean((2, 4)).flatten(1, 2)
+    torch.testing.assert_close(coarse[:, 1:], parts)
+    for budget, (rows, columns) in rivals.COARSE.items():
+        assert rows * columns <= rivals.kept(Reader().config, "downsampling", budget / 100)[1]
+
+
+def test_vtw_as_a_recipe_answers_as_dropping_every_token(batch: answers.Batch) -> None:
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    reader = Reader(**small, initializer_range=0.3).eval()
+    dropped = rivals.dropping(reader, 2, 0)(batch)
+    apply(reader.llama, variants.recipe(reader.config, "VTW", [3, 2]))
+    assert torch.equal(answers.guesses(reader)(batch), dropped)
 
 
 def test_interval_draws_pictures_not_questions() -> None:
@@ -205,13 +250,19 @@ def test_report_writes_table_and_figure(tmp_path: Path, digits: pictures.Task) -
     test = {"easy": digits, "digits": digits}
     right = [[True, True, False, True, True, False, False, True]] * 6
     (tmp_path / "measured").mkdir()
-    for name, budget, rule, tuned in (("dense", 100, "dense", False), ("x", 25, "hand", False)):
-        fact = {"name": name, "budget": budget, "rule": rule, "neurons": "ranked", "mass": "drop"}
-        fact |= {"tuned": tuned, "visual": budget, "right": {"easy": right, "digits": right}}
-        (tmp_path / "measured" / f"{name}.json").write_text(json.dumps(fact))
+    given = [variants.Variant("dense"), variants.Variant("search", 25, "drop")]
+    given.append(variants.Variant("FastV", 25))
+    for one in given:
+        fact = {"name": one.name, **vars(one), "plan": "words", "visual": one.budget}
+        fact |= {"right": {"easy": right, "digits": right}}
+        (tmp_path / "measured" / f"{one.name}.json").write_text(json.dumps(fact))
     rows = report.write_report(tmp_path / "measured", tmp_path, test)
-    assert [row["name"] for row in rows] == ["dense", "x"]
+    assert [row["name"] for row in rows] == [one.name for one in given]
     assert rows[1]["easy"] == 62.5 and rows[1]["digits"] == 75  # of the kinds that are studied
     assert rows[1]["below_dense"] == rows[1]["beside"] == 0
     assert (tmp_path / "quality.png").stat().st_size > 10000
-    assert (tmp_path / "quality.csv").read_text().count("\n") == 3
+    assert (tmp_path / "quality.csv").read_text().count("\n") == 4
+    told = (tmp_path / "quality.md").read_text()
+    assert "| search | drop | no | 62.5 · **75.0** (75.0–75.0) at 25.0 |" in told
+    assert "| search, 25 %, not fine-tuned: 96.5 or more | missed: 75.0 |" in told
+    assert "no worse than anything else | met: 75.0, FastV 75.0 |" in told
