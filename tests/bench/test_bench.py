@@ -52,6 +52,7 @@ def test_last_line_is_json_with_every_arm(
     for key in ("prefill_ratio_vs_sdpa", "prefill_ideal_ratio", "decode_ratio_vs_sdpa"):
         assert result[key] > 0
     names = {"stock SDPA", "stock eager", "masked simulation", "yopo"}
+    names |= {"yopo, drop"} if mass == "sink" else set()
     assert result["prefill_median_s"].keys() == names
     old = {} if attention_is_switchable() else {"stock eager": "needs transformers 4.48"}
     assert result.get("failed", {}) == old
@@ -97,6 +98,8 @@ def test_a_plan_per_layer_is_timed_without_the_released_codes_simulation(
     result = run(capsys, "--plan", str(tmp_path / "vica.json"), "--layers", "4", "--mass", "sink")
     assert "masked simulation" not in result["prefill_median_s"] and not result.get("failed")
     assert result["kv_visual_fraction"] == 0.5 and result["mass"] == "sink"
+    # Drop in the sinks' place runs beside it, for what sinks cost.
+    assert result["prefill_ratio_vs_drop"] > 0 and result["decode_ratio_vs_drop"] > 0
 
 
 def test_arms_whose_scores_do_not_fit_are_left_out(

@@ -88,6 +88,23 @@ def test_a_plan_that_prunes_nothing_changes_nothing() -> None:
     assert found.kl.abs().max() < 1e-9 and found.same.all()
 
 
+def test_samples_that_are_alike_go_together_and_give_what_each_gives_alone() -> None:
+    model, plan = build(SHAPE), a_plan("drop", "drop")
+    known = references(model, [answered(0), sample(1, SHAPE, after=9), answered(2), answered(3)], 2)
+    sizes: list[int] = []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        sizes.append(len(kwargs["inputs_embeds"]))
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    found = divergence(model, plan, known)
+    hook.remove()
+    assert sorted(sizes) == [1, 3]
+    alone = [divergence(model, plan, [one]) for one in known]
+    torch.testing.assert_close(found.kl, torch.cat([a.kl for a in alone]), rtol=1e-4, atol=1e-7)
+    assert found.same.tolist() == [bool(a.same) for a in alone]
+
+
 def test_the_model_keeps_its_own_plan() -> None:
     model = yopo.apply(build(SHAPE), a_plan()).train()
     known = references(model, [answered(0)])

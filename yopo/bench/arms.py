@@ -18,7 +18,7 @@ from yopo.models import attach
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import CACHE_FIELD, attention_is_switchable
 
-ARMS = ("sdpa", "eager", "masked", "yopo")
+ARMS = ("sdpa", "eager", "masked", "drop", "yopo")
 ALWAYS = ("sdpa", "yopo")
 
 
@@ -45,7 +45,8 @@ class Arm:
 
 def arms_of(names: Collection[str], model: Any, plan: PruningPlan | None, case: Case) -> list[Arm]:
     """The arms `names`, and those that always run. They share the model: each puts it in its own
-    state first. The masked simulation is there for plans that the released code could compute."""
+    state first. The masked simulation is there for plans that the released code could compute, the
+    plan with drop in the sinks' place for those that have sinks."""
     prefill, decode = partial(_prefill, model, case), partial(_decode, model, case)
     stock = partial(_as_stock, model)
     arms = {
@@ -59,6 +60,9 @@ def arms_of(names: Collection[str], model: Any, plan: PruningPlan | None, case: 
         arms["masked"] = Arm("masked simulation", masked, None, partial(stock, "sdpa"), square=True)
     if plan is not None:
         prefill = partial(_prefill, model, case, **_told(case))
+    if plan is not None and "sink" in (plan.head_mass, plan.cut_mass):
+        bare = partial(_as_ours, model, plan.with_mass("drop"), case)
+        arms["drop"] = Arm("yopo, drop", prefill, decode, bare)
     arms["yopo"] = Arm("yopo", prefill, decode, partial(_as_ours, model, plan, case))
     return [arm for name, arm in arms.items() if name in {*names, *ALWAYS}]
 

@@ -56,6 +56,7 @@ def result_of(benchmark: Benchmark, measured: Measured) -> dict[str, Any]:
     shape, prompt, plan = setting.shape, setting.prompt, setting.plan
     by_name = {arm.name: arm for arm in arms}
     stock, ours = by_name["stock SDPA"], by_name["yopo"]
+    drop = by_name.get("yopo, drop", Arm("", lambda: None))
     floors = {
         arm.name: prefill_floor(
             shape, prompt, pruned_by, setting.batch, dtype.itemsize, measured.rates
@@ -78,6 +79,8 @@ def result_of(benchmark: Benchmark, measured: Measured) -> dict[str, Any]:
         "prefill_roofline_fraction": _fraction(floors, ours),
         "sdpa_roofline_fraction": _fraction(floors, stock),
         "decode_ratio_vs_sdpa": _ratio(stock.decode_s, ours.decode_s),
+        "prefill_ratio_vs_drop": _ratio(drop.prefill_s, ours.prefill_s),
+        "decode_ratio_vs_drop": _ratio(drop.decode_s, ours.decode_s),
         "kv_visual_fraction": visual / (token * prompt.visual) if ours.cache_bytes else None,
         "prefill_floor_s": floors,
         "gemm_tflops": measured.rates[0] / 1e12,
