@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,41 @@ def blind_heads(plan: PruningPlan) -> Tensor:
     return blind
 
 
+class Look(NamedTuple):
+    """What some heads make of some text queries with an image before them.
+
+    heads: (H',) int64, which of the layer's, on the CPU. still: (H', Q, D) the queries before their
+    rotation. sums: (2, H', Q), their `log_sums`. before: (Q,) how many visual tokens come before
+    each.
+    """
+
+    heads: Tensor
+    still: Tensor
+    sums: Tensor
+    before: Tensor
+
+
+def looks(
+    call: LayerCall, still: Tensor, q: Tensor, stores: Stores, last: int | None = None
+) -> Iterator[Look]:
+    """Of all heads of a layer that engine.OBSERVER was told of, and all text queries with an image
+    before them, or the `last` ones; still, q (T, H, D): before and after their rotation."""
+    index = call.shared.index
+    text_at, visual_at = (x.order[0].to(q.device) for x in (index.text, index.visual))
+    keys_at, n_visual = torch.cat([visual_at, text_at]), len(visual_at)
+    behind = (text_at > visual_at[0]).nonzero().flatten()
+    behind = behind if last is None else behind[-last:]
+    before = (visual_at[None, :] < text_at[behind, None]).sum(1)
+    for group in call.plan.text:
+        keys = heads_of(stores[group.store].keys, group.kv)[0]
+        where = torch.arange(q.shape[1]) if group.q is None else group.q.cpu()
+        for block in blocks(len(behind), keys.shape[0] * keys.shape[1]):
+            at = behind[block]
+            chosen, mine = (x[at][:, where.to(x.device)] for x in (still, q))
+            sums = log_sums(mine, text_at[at], keys, keys_at, n_visual, call.shared.scale)
+            yield Look(where, chosen.transpose(0, 1), sums, before[block])
+
+
 class _Sums:
     """The normal equations of every head, of the samples that fit and of those held out.
 
@@ -156,31 +191,17 @@ class _Sums:
         self, call: LayerCall, still: Tensor, q: Tensor, visual_q: Tensor, stores: Stores
     ) -> None:
         """still, q (T, H, D): text queries before and after their rotation."""
-        index = call.shared.index
-        text_at, visual_at = (x.order[0].to(q.device) for x in (index.text, index.visual))
-        keys_at, n_visual = torch.cat([visual_at, text_at]), len(visual_at)
-        self.tokens = self.tokens or n_visual
-        behind = (text_at > visual_at[0]).nonzero().flatten()
-        before = (visual_at[None, :] < text_at[behind, None]).sum(1)  # visual tokens of each query
-        shift = (before.double() / self.tokens).log()
-        for group in call.plan.text:
-            keys = heads_of(stores[group.store].keys, group.kv)[0]
-            chosen = slice(None) if group.q is None else group.q
-            for block in blocks(len(behind), keys.shape[0] * keys.shape[1]):
-                at = behind[block]
-                mine = q[at][:, chosen]
-                scale = call.shared.scale
-                sums = log_sums(mine, text_at[at], keys, keys_at, n_visual, scale)
-                features = F.pad(still[at][:, chosen].double().transpose(0, 1), (1, 0), value=1)
-                weighted = features * fit_weight(sums)[..., None]
-                self._add(chosen, features, weighted, sums[0] - shift[block])
+        self.tokens = self.tokens or len(call.shared.index.visual)
+        for seen in looks(call, still, q, stores):
+            features = F.pad(seen.still.double(), (1, 0), value=1)
+            weighted = features * fit_weight(seen.sums)[..., None]
+            shift = (seen.before.double() / self.tokens).log()
+            self._add(seen.heads, features, weighted, seen.sums[0] - shift)
         self._layer += 1
 
-    def _add(self, chosen: Any, features: Tensor, weighted: Tensor, target: Tensor) -> None:
-        """features, weighted (H', Q, F), target (H', Q) of the heads `chosen` of this layer."""
+    def _add(self, where: Tensor, features: Tensor, weighted: Tensor, target: Tensor) -> None:
+        """features, weighted (H', Q, F), target (H', Q) of the heads `where` of this layer."""
         at = self._part, self._layer
-        where = torch.arange(self.grams.shape[2])
-        where = where[chosen if isinstance(chosen, slice) else chosen.cpu()]
         self.grams[at].index_add_(0, where, (weighted.mT @ features).cpu())
         self.moments[at].index_add_(0, where, (weighted * target[..., None]).sum(1).cpu())
         self.squares[at].index_add_(0, where, (weighted[..., 0] * target.square()).sum(1).cpu())
