@@ -26,7 +26,8 @@ from yopo.files import read_json, write_json
 __all__ = ["put", "ranked", "reorder"]
 
 SAMPLES = 100  # for the head mask, as released, and for sinks
-HELD_OUT = 80  # other ones, for the search
+HELD_OUT = 240  # other ones, for the search
+EVALUATIONS = 500  # plans it tries for each budget
 
 
 def samples(
@@ -74,9 +75,17 @@ def searched(
         def note(one: Any) -> None:
             log.append({"why": one.why, "flops": one.visual_flops, "kl": one.divergence})
 
-        config = SearchConfig(budget=budget / 100, mass="drop")
+        config = SearchConfig(budget=budget / 100, mass="drop", evaluations=EVALUATIONS)
+        trials = path.with_name("trials.jsonl")  # of all budgets: they have many in common
         plan = search(
-            reader.llama, known, measured, config, start=start, progress=True, log=note
+            reader.llama,
+            known,
+            measured,
+            config,
+            start=start,
+            path=trials,
+            progress=True,
+            log=note,
         ).plan
         holder: dict[str, Any] = {}
         plan.save_to(holder)
