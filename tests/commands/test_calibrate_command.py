@@ -279,7 +279,7 @@ def refused(run: Any, tmp_path: Path, **changes: Any) -> str:
         ({"evaluations": 0}, "--evaluations is 0"),
         ({"alpha": "nan"}, "--alpha is nan"),
         ({"statistics": "nowhere.safetensors"}, "there are no statistics"),
-        ({"budget": 0.02, "mass": "exact"}, "no plan with mass exact/exact of the search reaches"),
+        ({"budget": 0.02, "mass": "exact"}, "no plan with mass exact/exact reaches"),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_one_line(

@@ -97,7 +97,7 @@ def test_sinks_are_explained_and_read_beside_the_config(
     sinks = Sinks(torch.zeros(8, 4), torch.zeros(8, 4, 16), tokens=576)
     folder = checkpoint(tmp_path, PruningPlan(KEEP, head_mass="sink", sinks=sinks))
     monkeypatch.setattr(sinks_module, "_NAMED", {})  # as another process finds it
-    sinks.save(tmp_path / sinks_module.FILE)
+    sinks.save(tmp_path)
     assert "Mass, in pruned heads: sink: one predicted logit" in said(capsys, folder)
 
 

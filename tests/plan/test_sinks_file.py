@@ -96,7 +96,7 @@ def in_folder(folder) -> dict:
     """config.json of a checkpoint with sinks, whose file is in the folder too."""
     made, target = with_sinks(), config().to_dict()
     made.save_to(target)
-    made.sinks.save(folder / sinks_module.FILE)
+    made.sinks.save(folder)
     (folder / "config.json").write_text(json.dumps(target))
     sinks_module._NAMED.clear()
     return target
@@ -133,7 +133,7 @@ def test_sinks_that_are_not_there_are_named_with_the_remedy(where, tmp_path, mon
 
 def test_sinks_of_another_plan_are_refused_by_their_checksum(tmp_path):
     in_folder(tmp_path)
-    Sinks(A + 1, B, 9).save(tmp_path / sinks_module.FILE)
+    Sinks(A + 1, B, 9).save(tmp_path)
     with pytest.raises(ValueError, match=r"not the file that the plan was saved with.*yopo sinks"):
         PruningPlan.load(tmp_path)
 
