@@ -88,6 +88,19 @@ def test_a_plan_that_prunes_nothing_changes_nothing() -> None:
     assert found.kl.abs().max() < 1e-9 and found.same.all()
 
 
+def test_at_a_temperature_it_is_the_kl_of_softened_answers() -> None:
+    model, plan = build(SHAPE), a_plan("drop", "drop")
+    known = references(model, [answered(0)])
+    with torch.no_grad():
+        yopo.apply(model, plan)
+        pruned = model(**known[0].inputs).logits[0, -3:]
+        yopo.remove(model)
+    soft = [(x / 4).double().log_softmax(-1) for x in (pruned, known[0].log_probabilities)]
+    expected = 16 * F.kl_div(*soft, log_target=True, reduction="none").sum(-1).mean()
+    found = divergence(model, plan, known, 4).kl[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
 def test_samples_that_are_alike_go_together_and_give_what_each_gives_alone() -> None:
     model, plan = build(SHAPE), a_plan("drop", "drop")
     known = references(model, [answered(0), sample(1, SHAPE, after=9), answered(2), answered(3)], 2)

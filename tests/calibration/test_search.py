@@ -21,6 +21,7 @@ from yopo.calibration.head_rule import released_head_keep, solve_alpha
 from yopo.calibration.sample_split import split
 from yopo.calibration.search import Found, search
 from yopo.calibration.search_plans import PlanMaker
+from yopo.calibration.search_trials import TEMPERATURE
 from yopo.counting.flops import Prompt, prefill_flops
 from yopo.errors import CannotGoOn
 from yopo.plan.pruning_plan import PruningPlan
@@ -67,7 +68,7 @@ def test_the_plan_is_within_the_budget_and_no_worse_than_the_hand_made_one(
     assert hand_made.why == "hand-made" and hand_made.visual_flops <= budget
     share = visual_flops(found.plan, known) / visual_flops(None, known)
     assert share <= budget and found.chosen.visual_flops == pytest.approx(share)
-    kl = float(divergence(model, found.plan, known).kl.mean())
+    kl = float(divergence(model, found.plan, known, TEMPERATURE).kl.mean())
     assert kl == pytest.approx(found.chosen.divergence) and kl <= hand_made.divergence
     assert found.plan.head_mass == mass.split("/")[0] and found.plan.cut_mass == mass.split("/")[-1]
     within = [e for e in found.evaluations if e.visual_flops <= budget]

@@ -91,9 +91,12 @@ def references(
 
 
 @torch.no_grad()
-def divergence(model: nn.Module, plan: PruningPlan, known: Sequence[Reference]) -> Change:
+def divergence(
+    model: nn.Module, plan: PruningPlan, known: Sequence[Reference], temperature: float = 1.0
+) -> Change:
     """What `model` says under `plan` against what it says dense. Samples that are alike in shape go
-    through it together."""
+    through it together. temperature: logits are divided by it, and KL multiplied by its square, as
+    in distillation (arXiv 1503.02531): above 1 unlikely tokens count more."""
     kl = torch.empty(len(known), dtype=torch.float64)
     same = torch.empty(len(known), dtype=torch.bool)
     with under(model, plan):
@@ -102,9 +105,12 @@ def divergence(model: nn.Module, plan: PruningPlan, known: Sequence[Reference]) 
             count = batch[0].answer.shape[1]
             inputs = _together([reference.inputs for reference in batch])
             logits = model(**inputs, use_cache=False).logits[:, -count:]
-            pruned = logits.float().log_softmax(-1).cpu()
-            dense = torch.stack([reference.log_probabilities for reference in batch])
-            kl[rows] = (dense.exp() * (dense - pruned)).sum(-1).double().mean(1)
+            both = (
+                logits.float().log_softmax(-1).cpu(),
+                torch.stack([reference.log_probabilities for reference in batch]),
+            )
+            pruned, dense = ((one / temperature).log_softmax(-1) for one in both)
+            kl[rows] = temperature**2 * (dense.exp() * (dense - pruned)).sum(-1).double().mean(1)
             same[rows] = (dense.argmax(-1) == pruned.argmax(-1)).all(1)
     return Change(kl, same)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from yopo.calibration.search import Found
-from yopo.calibration.search_trials import Evaluation
+from yopo.calibration.search_trials import TEMPERATURE, Evaluation
 from yopo.files import write_whole
 
 COLUMNS = (
@@ -30,7 +30,8 @@ COLUMNS = (
 def write_csv(path: Path, found: Found) -> None:
     """One line for each plan tried, in order. heads_kept, visual_attention (1: visual tokens
     attend), ffn (neurons): by layer, heads below the layer cut; one value: of all. visual_flops:
-    share of the dense model's; kl: nats for each token of the answer; pareto: on the front."""
+    share of the dense model's; kl: nats for each token of the answer, at
+    search_trials.TEMPERATURE; pareto: on the front."""
     front = found.front()
     with write_whole(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -81,7 +82,7 @@ def draw(path: Path, found: Found) -> None:
     axes.set_yscale("log")
     axes.set_xlim(left=0)
     axes.set_xlabel("visual FLOPs, % of the dense model's")
-    axes.set_ylabel("KL from the dense model, nats per token")
+    axes.set_ylabel(f"KL from the dense model at temperature {TEMPERATURE:g}, nats per token")
     axes.legend()
     with write_whole(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
