@@ -32,7 +32,7 @@ DESCENT = 0.6  # of the evaluations, at most; exchanges take the rest
 EXCHANGES = 5  # of the best things to put back, tried before it is left at that
 SLACK = 1.3  # moves together may lose so many times the sum of what each loses
 LEAST = 4  # plans that a round takes at the least
-FINE = 5e-4  # nats that a round may always lose
+FINE = 5e-3  # nats that a round may always lose
 NOTHING = 1e-6  # nats: less than rounding moves
 
 
