@@ -209,7 +209,9 @@ class _Way:
                 made.add(move[:2])
                 if self._share(to) <= goal or (careful and expected > 2 * base + FINE):
                     break
-            if not careful or len(made) == 1 or self._kl("together", to) <= SLACK * expected:
+            if not careful or len(made) == 1:
+                return to
+            if self._kl("together", to) <= max(SLACK * expected, base + FINE):
                 return to
             best = [move for move in best if move[:2] in made][: len(made) // 2]
 
