@@ -135,7 +135,8 @@ class PruningPlan:
         return self._to_block() == other._to_block()
 
     def __hash__(self) -> int:
-        return hash((self.head_keep.numpy().tobytes(), self.window, self.layer_cut, self.ffn_ratio))
+        keep, attends = self.head_keep.numpy().tobytes(), self.visual_attention
+        return hash((keep, self.window, self.layer_cut, self.ffn_ratio, self.ffn, attends))
 
     @property
     def windows(self) -> tuple[int | None, ...]:
