@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from yopo.commands import command_line as cli
-from yopo.plan import sinks as sinks_module
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.plan.sinks import Sinks
 
@@ -92,11 +91,10 @@ def test_what_is_said_per_layer_names_the_layers(
 
 
 def test_sinks_are_explained_and_read_beside_the_config(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     sinks = Sinks(torch.zeros(8, 4), torch.zeros(8, 4, 16), tokens=576)
     folder = checkpoint(tmp_path, PruningPlan(KEEP, head_mass="sink", sinks=sinks))
-    monkeypatch.setattr(sinks_module, "_NAMED", {})  # as another process finds it
     sinks.save(tmp_path)
     assert "Mass, in pruned heads: sink: one predicted logit" in said(capsys, folder)
 

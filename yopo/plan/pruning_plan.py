@@ -19,7 +19,7 @@ from yopo.files import read_json, write_json
 from yopo.plan import block as plan_block
 from yopo.plan import config_fields, head_mask, words
 from yopo.plan.config_fields import RELEASED_FIELDS as RELEASED_FIELDS
-from yopo.plan.sinks import FILE, REMEDY, Sinks, remember, sinks_beside
+from yopo.plan.sinks import FILE, REMEDY, Sinks, sinks_beside
 from yopo.plan.value_checks import as_mask, flag, integer, listed, per_layer, ratio
 
 MASSES = ("exact", "drop", "sink")
@@ -191,8 +191,6 @@ class PruningPlan:
         the plan."""
         if config_fields.tells_sizes(config):
             self.validate(config)
-        if self.sinks is not None:
-            remember(self.sinks)
         config_fields.put_block(config, self._to_block())
 
     @classmethod

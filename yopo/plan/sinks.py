@@ -3,8 +3,8 @@ text query, and their file. Tensors and their checks; nothing of models, inputs 
 fitted (calibration/sink_fit.py), nor of what the engine makes of them.
 
 In a plan's block sinks without `b` stand as numbers; with it they are in a safetensors file beside
-the config, which the block names with a checksum. Sinks that were in this process once are known
-by their checksum from the moment a config names them: one that is copied in memory needs no file.
+the config, which the block names with a checksum. A block in memory has them with it: a config that
+is copied there needs no file, one that is read from a file is held against the file beside it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class Sinks:
         """What the block of a plan says of them, `file` being where they are saved."""
         if self.b is None:
             return {"tokens": self.tokens, "a": self.a.tolist()}
-        return {"tokens": self.tokens, "file": file, "checksum": self.checksum}
+        named = _Named(tokens=self.tokens, file=file, checksum=self.checksum)
+        named.sinks = self
+        return named
 
     def save(self, folder: Path, name: str = FILE) -> None:
         """Writes the file that the block names, whole or not at all; none without `b`."""
@@ -94,16 +96,13 @@ def sinks_beside(plan_file: str) -> str:
     return f"{Path(plan_file).stem}.sinks.safetensors"
 
 
-# Those of which a config in this process says the checksum only. Never let go: the config may be
-# all that is left of the plan, and its file not yet written.
-_NAMED: dict[str, Sinks] = {}
+class _Named(dict[str, Any]):
+    """What a block in memory says of `sinks`, and these. As JSON, what it says alone."""
+
+    sinks: Sinks
+
+
 _UNREAD: ContextVar[bool] = ContextVar("yopo_unread_sinks", default=False)
-
-
-def remember(sinks: Sinks) -> None:
-    """Blocks that name `sinks` need no file in this process."""
-    if sinks.b is not None:
-        _NAMED[sinks.checksum] = sinks
 
 
 @contextmanager
@@ -123,18 +122,22 @@ def named(block: object) -> bool:
 
 
 def from_block(
-    block: object, shape: tuple[int, int], checkpoint: str | None, revision: str | None = None
+    block: dict[str, Any],
+    shape: tuple[int, int],
+    checkpoint: str | None,
+    revision: str | None = None,
 ) -> Sinks:
-    """The sinks that the block of a plan of (layers, heads) names; `checkpoint`: the folder or Hub
-    repository that has their file. Raises ValueError for what cannot be, FileNotFoundError where
-    the file is not; both say what to do."""
+    """The sinks that the `block` of a plan of (layers, heads) names, which has them with it from
+    now on; `checkpoint`: the folder or Hub repository that has their file. Raises ValueError for
+    what cannot be, FileNotFoundError where the file is not; both say what to do."""
     if _UNREAD.get():
         return Sinks(torch.zeros(shape, device="cpu"))
     try:
-        sinks = _read(block, checkpoint, revision)
+        sinks = _read(block["sinks"], checkpoint, revision)
     except ValueError as error:
         raise ValueError(f"{error}. To put it right, {REMEDY}") from error
-    remember(sinks)
+    if sinks.b is not None:
+        block["sinks"] = sinks.to_block(block["sinks"]["file"])
     return sinks
 
 
@@ -152,8 +155,9 @@ def _read(block: object, checkpoint: str | None, revision: str | None) -> Sinks:
         raise ValueError(f"sinks.file is {name!r}; allowed: the name of a .safetensors file")
     if not isinstance(checksum, str) or not _CHECKSUM.fullmatch(checksum):
         raise ValueError(f"sinks.checksum is {checksum!r}; allowed: 'sha256:' and 64 hex digits")
-    if checksum in _NAMED:
-        return _NAMED[checksum]
+    known = getattr(block, "sinks", None)
+    if known is not None and (known.checksum, known.tokens) == (checksum, block["tokens"]):
+        return known
     path = _find(name, checkpoint, revision)
     try:
         tensors = load_file(path)
