@@ -20,6 +20,8 @@ from yopo.plan.sinks import Sinks
 
 TWO_IMAGES = [("text", 2), ("image", 2, 3, False), ("text", 2), ("image", 2, 3, False), ("text", 4)]
 
+ONE_TOKEN = {"answer_ids": torch.tensor([[1]])}
+
 
 def a_plan(**changes: Any) -> PruningPlan:
     return PruningPlan(KEEP, **({"window": 3, "layer_cut": 2, "ffn_ratio": 2} | changes))
@@ -27,7 +29,7 @@ def a_plan(**changes: Any) -> PruningPlan:
 
 def answered(case: Any) -> dict[str, Any]:
     """A sample whose answer is one token, which no pass is given."""
-    return inputs(case) | {"answer_ids": torch.tensor([[1]])}
+    return inputs(case) | ONE_TOKEN
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,15 @@ def test_what_is_reported_are_the_samples_held_out(model: Any) -> None:
     assert fit.samples == 8 and f"{fit.after:.3g} with them" in str(fit)
 
 
+def test_what_is_not_known_is_not_said_to_be_nan(model: Any) -> None:
+    few = fit_sinks(model, [sample(0)], a_plan())
+    assert "none held out to measure" in str(few) and "nan" not in str(few)
+    nothing_blind = fit_sinks(
+        model, [sample(seed) for seed in range(4)], PruningPlan.dense(model.config)
+    )
+    assert "no head is blind" in str(nothing_blind) and "nan" not in str(nothing_blind)
+
+
 def test_masses_that_have_a_sink_stay_and_others_become_sinks(model: Any) -> None:
     old = Sinks(torch.zeros(3, 4))
     for masses in (("sink", "exact"), ("drop", "sink")):
@@ -139,7 +150,10 @@ def no_image() -> dict[str, Any]:
         ({"tune": 0}, None, "tune is 0"),
         ({"tune": 5}, [0], "1 samples to fit sinks to; give at least 4, to tune by"),
         ({}, [], "0 samples to fit sinks to; give at least one"),
-        ({"limit": 0}, None, "0 samples to fit sinks to"),
+        ({"limit": 0}, None, "limit is 0; allowed: whole numbers from 1"),
+        ({"limit": True}, None, "limit is True"),
+        ({"tune": 1.5}, None, "tune is 1.5; allowed: whole numbers from 1"),
+        ({}, ["no text behind"] * 2, "no sample has text behind its image"),
         ({}, ["no image"], r"sample 0 \(the first is 0\) shows no image"),
     ],
 )
@@ -147,7 +161,8 @@ def test_what_cannot_be_fitted_is_refused(
     model: Any, settings: dict[str, Any], samples: Any, message: str
 ) -> None:
     seeds = range(4) if samples is None else samples
-    given = [no_image() if seed == "no image" else sample(seed) for seed in seeds]
+    odd = {"no image": no_image(), "no text behind": sample(0, after=0) | ONE_TOKEN}
+    given = [odd.get(seed) or sample(seed) for seed in seeds]
     with pytest.raises(ValueError, match=message):
         fit_sinks(model, given, **({"plan": a_plan()} | settings))
     assert yopo.plan_of(model) is None

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from math import isnan
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from yopo.models.trial import decoder_of
 from yopo.plan.config_fields import head_dim
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.plan.sinks import Sinks
+from yopo.plan.value_checks import integer
 from yopo.prompts.sample import Sample
 
 TARGETS = ("exact", "dense")
@@ -42,7 +44,7 @@ class SinkFit:
     plan: with the sinks. samples: how many they were fitted to. target: as asked. before, after: KL
     (nats a token) from the target of the answers to the samples held out, with drop in the sinks'
     place and with them; nan: too few samples to hold one out. with_b: share of the blind heads in
-    which b helps. `str` says it.
+    which b helps; nan: none is blind. `str` says it.
     """
 
     plan: PruningPlan
@@ -54,11 +56,13 @@ class SinkFit:
 
     def __str__(self) -> str:
         aim = "the dense model" if self.target == "dense" else "exact mass"
-        return (
-            f"sinks fitted to {self.samples} samples: KL from {aim} {self.before:.3g} with drop, "
-            f"{self.after:.3g} with them; the query helps in {100 * self.with_b:.0f} % of the "
-            "blind heads"
-        )
+        said = [f"KL from {aim} {self.before:.3g} with drop, {self.after:.3g} with them"]
+        if isnan(self.before):
+            said = [f"none held out to measure them by (every {HELD_OUT}th is)"]
+        said += [f"the query helps in {100 * self.with_b:.0f} % of the blind heads"]
+        if isnan(self.with_b):
+            said = ["no head is blind under this plan, so none has a use for them"]
+        return f"sinks fitted to {self.samples} samples: {'; '.join(said)}"
 
 
 def fit_sinks(
@@ -81,18 +85,19 @@ def fit_sinks(
     many samples. tune: so many steps then move them by gradient (sink_tuning.py). answer_tokens: of
     an answer at most, where a sample has none.
 
-    Raises ValueError for a model without a plan, samples without an image or too few to tune by,
-    and logits that are not finite.
+    Raises ValueError for a model without a plan, samples without an image or text behind it or too
+    few to tune by, and logits that are not finite.
     """
-    plan = plan_of(model) if plan is None else plan
+    plan = plan_of(model) if plan is None else getattr(plan, "plan", plan)
     if plan is None:
         raise ValueError(
             "the model has no plan, so no head is blind: give one (plan=), or apply it first"
         )
     if target not in TARGETS:
         raise ValueError(f"target is {target!r}; allowed: {', '.join(TARGETS)}")
-    if tune is not None and tune < 1:
-        raise ValueError(f"tune is {tune}; allowed: a number of steps from 1")
+    for name, number in (("limit", limit), ("tune", tune), ("answer_tokens", answer_tokens)):
+        if number is not None:
+            integer(name, number, 1, None)
     taken = list(islice(samples, limit))
     if len(taken) < (1 if tune is None else HELD_OUT):
         least = "one" if tune is None else f"{HELD_OUT}, to tune by"
@@ -102,6 +107,8 @@ def fit_sinks(
     sums = _Sums(plan.num_layers, plan.num_heads, head_dim(config) + 1)
     bar = tqdm(taken, "sinks", disable=not progress, mininterval=1)
     known = references(model, bar, answer_tokens, aim, sums.watching)
+    if not sums.grams.any():
+        raise ValueError("no sample has text behind its image, which is what reads by sinks")
     a, b = sums.solve()
     sinks = Sinks(a, b, sums.tokens)
     masses = plan.head_mass, plan.cut_mass
