@@ -288,8 +288,25 @@ def test_not_more_plans_are_tried_than_told(model: Any, statistics: Any, known: 
         assert 1 <= len(found.evaluations) <= most
 
 
+@pytest.mark.parametrize("most", [1, 2, 4])
+def test_a_small_budget_is_kept_with_few_plans_tried(
+    model: Any, statistics: Any, known: Any, most: int
+) -> None:
+    found = found_for(model, statistics, known, 0.03, mass="drop", evaluations=most)
+    assert found.chosen.visual_flops <= 0.03 and len(found.evaluations) <= most
+
+
+def test_a_file_that_is_none_of_a_search_is_refused_by_name(
+    model: Any, statistics: Any, known: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\n")
+    for path in (tmp_path, tmp_path / "binary"):
+        with pytest.raises(CannotGoOn, match=f"{path} is no file of a search"):
+            found_for(model, statistics, known, 0.5, path=path)
+
+
 def test_a_search_of_nothing_is_refused(model: Any, statistics: Any, known: Any) -> None:
-    with pytest.raises(ValueError, match="evaluations is 0; allowed: from 1"):
+    with pytest.raises(ValueError, match="evaluations is 0; allowed: whole numbers from 1"):
         found_for(model, statistics, known, 0.5, evaluations=0)
     with pytest.raises(ValueError, match="a search takes at least one"):
         found_for(model, statistics, [], 0.5)

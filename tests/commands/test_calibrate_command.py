@@ -271,7 +271,7 @@ def refused(run: Any, tmp_path: Path, **changes: Any) -> str:
         ({"keep": 2}, "--keep is 2; allowed"),
         ({"layer_cut": 9}, "layer_cut is 9; allowed: whole numbers from 0 to 3"),
         ({"mass": "soft"}, "--mass is 'soft'; allowed"),
-        ({"tune": 0}, "--tune takes a number of steps from 1"),
+        ({"tune": 0}, "--tune is 0; allowed: whole numbers from 1"),
         ({"tune": 5, "mass": "drop"}, "--tune tunes sinks, but --mass is drop"),
         ({"tune": 5, "data": None, "statistics": "x"}, "--tune needs --data"),
         ({"samples": 0}, "--samples is 0"),

@@ -94,6 +94,12 @@ def test_layers_that_the_model_does_not_have_are_refused(name: str, layers: list
         getattr(recipes, name)(SIZES, layers=layers)
 
 
+@pytest.mark.parametrize("name", ["vica", "shortv", "v_skip"])
+def test_one_layer_in_place_of_several_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="layers is 2; allowed: a collection"):
+        getattr(recipes, name)(SIZES, layers=2)
+
+
 @pytest.mark.parametrize("layer", [-1, SHAPE.layers + 2, 1.0, None])
 def test_a_withdrawal_at_a_layer_that_is_not_there_is_refused(layer: Any) -> None:
     with pytest.raises(ValueError, match=f"layer is {layer!r}.*0 to 4"):

@@ -42,19 +42,19 @@ class CalibrationConfig:
     called: InitVar[Called] = str
 
     def __post_init__(self, called: Called) -> None:
-        from yopo.plan.pruning_plan import split_masses  # with torch: a parser needs RULES alone
+        # With torch: a parser needs RULES alone.
+        from yopo.plan.pruning_plan import split_masses
+        from yopo.plan.value_checks import integer
 
         masses = split_masses(self.mass, called("mass"))
-        if self.tune_sinks is not None and self.tune_sinks < 1:
-            raise ValueError(f"{called('tune_sinks')} takes a number of steps from 1")
         if self.tune_sinks is not None and "sink" not in masses:
             raise ValueError(
                 f"{called('tune_sinks')} tunes sinks, but {called('mass')} is {self.mass}"
             )
-        for name in ("limit", "answer_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{called(name)} is {value}; allowed: from 1")
+        for name in ("tune_sinks", "limit", "answer_tokens", "evaluations"):
+            value = getattr(self, name, None)
+            if value is not None:
+                integer(called(name), value, 1, None)
 
     def check_fit(self, model_config: Any) -> None:
         """Raises ValueError where a model of this config cannot have what is chosen by hand."""
@@ -131,8 +131,6 @@ class SearchConfig(CalibrationConfig):
             raise ValueError(
                 f"{called('budget')} is {self.budget:g}; allowed: above 0, to 1 (all visual FLOPs)"
             )
-        if self.evaluations < 1:
-            raise ValueError(f"{called('evaluations')} is {self.evaluations}; allowed: from 1")
 
     @property
     def holds_out(self) -> bool:

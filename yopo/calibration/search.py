@@ -99,9 +99,9 @@ def search(
     )
     try:
         by_hand = maker.hand_made()
-        first = ([] if by_hand is None else [("hand-made", by_hand)]) + [
-            ("given", plan) for plan in given
-        ]
+        least = ("least", maker.plan(maker.least))  # so that something is found whatever happens
+        first = [least if by_hand is None else ("hand-made", by_hand)]
+        first += [("given", plan) for plan in given]
         for why, plan in first[: config.evaluations]:
             trials.run(why, plan)
         _Way(maker, trials, config).walk()

@@ -66,6 +66,12 @@ class PlanMaker:
         every = (tuple(range(self.units)),) * self.layers
         return self._living(Point(every, (True,) * self.layers, (self._sizes[0],) * self.layers))
 
+    @property
+    def least(self) -> Point:
+        """The cheapest point: one unit reads the image in the first layer."""
+        reads = ((self._ranked[0][0],), *((),) * (self.layers - 1))
+        return Point(reads, (False,) * self.layers, (0,) * self.layers)
+
     def plan(self, point: Point) -> PruningPlan:
         """The plan that a point stands for."""
         keep = torch.zeros(self.layers, self.units, dtype=torch.bool)
@@ -173,8 +179,7 @@ class PlanMaker:
 
     def refuse_unreachable(self) -> None:
         """Raises ValueError unless some plan with these masses is within the budget."""
-        nothing = (False,) * self.layers, (0,) * self.layers
-        least = self.share(Point(((0,), *((),) * (self.layers - 1)), *nothing))
+        least = self.share(self.least)
         if least > self._budget:
             masses = f"{self.masses['head_mass']}/{self.masses['cut_mass']}"
             raise ValueError(

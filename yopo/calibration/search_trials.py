@@ -113,13 +113,13 @@ class _TrialsFile:
     def __init__(self, path: Path, mark: str) -> None:
         self._path = path
         self._found: dict[str, tuple[float, float]] = {}
-        lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
         try:
+            lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
+            whole = [line for line in lines if line.endswith("\n")]
             read = [json.loads(line) for line in whole]
             begun = read[0]["of"] if read else mark
             self._found = {one["plan"]: (one["kl"], one["same"]) for one in read[1:]}
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CannotGoOn(f"{path} is no file of a search: {error!r}") from error
         if begun != mark:
             raise CannotGoOn(

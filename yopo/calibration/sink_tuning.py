@@ -40,12 +40,14 @@ def tune_sinks(
 
     It goes as far from the plan's sinks to the tuned ones as the answers of `held_out` come nearer
     too: there the plan returned is never worse than the one given. Raises ValueError for a plan
-    under which no head has a sink.
+    under which no head has a sink, and within torch.inference_mode.
     """
     if plan.sinks is None or "sink" not in (plan.head_mass, plan.cut_mass):
         raise ValueError(
             f"the plan has mass {plan.head_mass}/{plan.cut_mass}: there are no sinks to tune"
         )
+    if torch.is_inference_mode_enabled():
+        raise ValueError("there are no gradients to tune by within torch.inference_mode: leave it")
     old = plan.sinks
     b = torch.zeros(*old.a.shape, head_dim(decoder_of(model).config)) if old.b is None else old.b
     tuned = _descend(model, plan, (old.a, b), known, steps, progress)

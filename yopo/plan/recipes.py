@@ -255,6 +255,8 @@ def _every_head(config: Any) -> torch.Tensor:
 def _chosen(config: Any, layers: Collection[int]) -> set[int]:
     """The layers named, each of them one that the model has."""
     last = _depth(config) - 1
+    if not isinstance(layers, Collection):
+        raise ValueError(f"layers is {layers!r}; allowed: a collection of them, such as [0, 1]")
     return {integer(f"layers[{at}]", layer, 0, last) for at, layer in enumerate(layers)}
 
 
