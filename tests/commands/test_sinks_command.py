@@ -109,7 +109,21 @@ def test_a_plan_of_released_fields_becomes_a_block(tmp_path: Path, pruned: Path)
     assert RELEASED.items() <= json.loads((source / "config.json").read_text()).items()
 
 
-@pytest.mark.parametrize("damage", ["lost", "other", "null"])
+@pytest.mark.parametrize("mass", ["sink", "drop", "nonsense"])
+def test_the_checkpoint_s_own_masses_count(
+    pruned: Path, monkeypatch: pytest.MonkeyPatch, mass: str
+) -> None:
+    """Not those that $YOPO_MASS names, which may need the very sinks that are to be fitted."""
+    pruned_folder.put_plan(
+        pruned, random_llava.a_plan(cut_mass="sink", sinks=Sinks(torch.ones(3, 4)))
+    )
+    monkeypatch.setenv("YOPO_MASS", mass)
+    assert run(pruned) == 0
+    plan = PruningPlan.load(pruned)
+    assert (plan.head_mass, plan.cut_mass) == ("exact", "sink") and plan.sinks.b is not None
+
+
+@pytest.mark.parametrize("damage", ["lost", "other", "empty", "null"])
 def test_sinks_that_cannot_be_read_are_fitted_anew(pruned: Path, damage: str) -> None:
     assert run(pruned) == 0
     fitted = PruningPlan.load(pruned)
@@ -117,8 +131,12 @@ def test_sinks_that_cannot_be_read_are_fitted_anew(pruned: Path, damage: str) ->
         (pruned / FILE).unlink()
     elif damage == "other":
         Sinks(fitted.sinks.a + 1, fitted.sinks.b, 16).save(pruned)
-    else:
+    elif damage == "empty":
         (pruned / FILE).write_bytes(b"")
+    else:
+        config = json.loads((pruned / "config.json").read_text())
+        config["yopo"]["sinks"] = None
+        (pruned / "config.json").write_text(json.dumps(config))
     assert run(pruned) == 0
     assert PruningPlan.load(pruned) == fitted
 
@@ -145,6 +163,8 @@ def test_a_write_that_fails_leaves_the_checkpoint_as_it_was(
     [
         ({"out": "there"}, "is there already"),
         ({"out": "other"}, "'llava' in the name"),
+        ({"out": "data.jsonl/llava"}, "data.jsonl is a file"),
+        ({"out": ""}, "--out: . is there already"),
         ({"data": "nowhere.jsonl"}, "there is no file 'nowhere.jsonl'"),
         ({"samples": 0}, "--samples is 0"),
         ({"tune": 0}, "--tune is 0"),
@@ -155,9 +175,13 @@ def test_what_cannot_be_used_is_refused_in_one_line(
     pruned: Path, capsys: Any, changes: dict[str, Any], message: str
 ) -> None:
     if "out" in changes:
-        changes = {"out": pruned if changes["out"] == "there" else pruned.with_name("other")}
+        out = changes["out"]
+        where = {"there": pruned, "": ""}.get(out, pruned.parent / out)
+        changes = {"out": where}
     assert run(pruned, **changes) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr()
+    assert "fitted" not in said.out
+    error = said.err.splitlines()[-1]
     assert error.startswith("yopo: error:") and message in error
     assert not (pruned / FILE).exists()
 

@@ -161,13 +161,11 @@ def _config(args: argparse.Namespace) -> CalibrationConfig:
 
 def _check_out(args: argparse.Namespace) -> None:
     """Raises BadInput where the folders named are not there, or are in the way."""
+    from yopo.commands.input_checks import check_new_folder
+
     if not Path(args.model).is_dir():
         raise BadInput(f"there is no folder {args.model!r} (from {Path.cwd()}); download it first")
-    if args.out.exists():
-        raise BadInput(f"--out: {args.out} is there already: take another name, or remove it")
-    above = next(folder for folder in args.out.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise BadInput(f"--out: {args.out} cannot be made: {above} is a file")
+    check_new_folder(args.out)
     partial = _partial(args)
     if partial.exists() and not partial.is_dir():
         raise BadInput(f"--out: {partial} is in the way, a file: remove it, or take another name")

@@ -56,7 +56,7 @@ def fit(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     from yopo.checkpoint.shards import read_json
-    from yopo.commands.input_checks import check_model
+    from yopo.commands.input_checks import check_model, check_new_folder
     from yopo.commands.setting_options import refuse_less
     from yopo.plan import sinks
     from yopo.plan.pruning_plan import PruningPlan
@@ -66,8 +66,11 @@ def _check(args: argparse.Namespace) -> None:
     if not folder.is_dir():
         raise BadInput(f"there is no folder {args.checkpoint!r} (from {Path.cwd()})")
     refuse_less(args, samples=1, tune=1)
-    if out is not None and (taken := next((p for p in (out, _partial(out)) if p.exists()), None)):
-        raise BadInput(f"--out: {taken} is there already: take another name, or remove it")
+    if out is not None:
+        check_new_folder(out)
+        check_new_folder(_partial(out))
+    elif not os.access(folder, os.W_OK):
+        raise BadInput(f"{folder} is not yours to write to: name a folder to make (--out)")
     check_model(args.checkpoint)
     if out is not None and kind_of(folder) == "llava" and "llava" not in out.name.lower():
         raise BadInput(f"--out: LLaVA loads only folders with 'llava' in the name: {out}")
@@ -91,6 +94,7 @@ def _fitted(args: argparse.Namespace) -> SinkFit:
     from yopo.prompts.loading import load
     from yopo.prompts.questions import Samples
 
+    os.environ.pop("YOPO_MASS", None)  # sinks are fitted to the plan as the checkpoint has it
     with sinks.unread():  # those there now may be the ones to be replaced
         loaded = load(args.checkpoint, device)
     samples = Samples(questions, loaded)

@@ -4,6 +4,7 @@ folder, an image, a device, masses. Nothing is loaded here; a checkpoint's confi
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import zipfile
@@ -93,6 +94,17 @@ def local_image(given: str, folder: Path) -> Path:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadInput(f"--image-file: {given!r} is not an image PIL can read: {error}") from error
     return path
+
+
+def check_new_folder(out: Path) -> None:
+    """Raises BadInput where a folder --out is there already, or cannot be made."""
+    if out.exists():
+        raise BadInput(f"--out: {out} is there already: take another name, or remove it")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise BadInput(f"--out: {out} cannot be made: {above} is a file")
+    if not os.access(above, os.W_OK):
+        raise BadInput(f"--out: {out} cannot be made: {above} is not yours to write to")
 
 
 def told_questions(file: Path, wanted: int, folder: Path | None) -> list[Question]:

@@ -85,7 +85,7 @@ def unpack(
     values["layer_cut"] = integer("layer_cut", block["layer_cut"], 0, layers)
     if version == 1:
         _constants_to_sinks(values, layers, heads)
-    elif block["sinks"] is not None:
+    else:
         values["sinks"] = sinks.from_block(block, (layers, heads), checkpoint, revision)
     return values
 

@@ -107,8 +107,8 @@ _UNREAD: ContextVar[bool] = ContextVar("yopo_unread_sinks", default=False)
 
 @contextmanager
 def unread() -> Iterator[None]:
-    """Within it the sinks of a block may be missing or damaged: 0 stands in their place. For a
-    checkpoint that is to get others."""
+    """Within it the sinks of a block may be damaged, missing or null: 0 stands in their place. For
+    a checkpoint that is to get others."""
     token = _UNREAD.set(True)
     try:
         yield
@@ -126,12 +126,14 @@ def from_block(
     shape: tuple[int, int],
     checkpoint: str | None,
     revision: str | None = None,
-) -> Sinks:
+) -> Sinks | None:
     """The sinks that the `block` of a plan of (layers, heads) names, which has them with it from
     now on; `checkpoint`: the folder or Hub repository that has their file. Raises ValueError for
     what cannot be, FileNotFoundError where the file is not; both say what to do."""
     if _UNREAD.get():
         return Sinks(torch.zeros(shape, device="cpu"))
+    if block["sinks"] is None:
+        return None
     try:
         sinks = _read(block["sinks"], checkpoint, revision)
     except ValueError as error:
