@@ -99,6 +99,12 @@ def test_a_config_alone_takes_them_along(tmp_path: Path) -> None:
     assert PruningPlan.load(tmp_path) == sink_plan()
 
 
+def test_they_are_there_as_soon_as_the_config_is(tmp_path: Path) -> None:
+    """What pushes a config to the Hub looks for new files before save_pretrained is done."""
+    yopo.apply(build(SHAPE), sink_plan()).config.to_json_file(tmp_path / "config.json")
+    assert PruningPlan.load(tmp_path) == sink_plan()
+
+
 def test_nothing_is_written_for_a_plan_without(tmp_path: Path) -> None:
     for number, model in enumerate((build(SHAPE), yopo.apply(build(SHAPE), PruningPlan(KEEP)))):
         model.save_pretrained(tmp_path / str(number))
@@ -109,12 +115,12 @@ def test_transformers_has_its_own_method_back() -> None:
     import yopo.patch
 
     yopo.patch.undo()
-    stock = vars(PretrainedConfig)["save_pretrained"]
+    stock = vars(PretrainedConfig)["to_json_file"]
     yopo.patch.enable()
-    wrapped = vars(PretrainedConfig)["save_pretrained"]
+    wrapped = vars(PretrainedConfig)["to_json_file"]
     assert stock.__module__.startswith("transformers") and wrapped is not stock
     yopo.patch.undo()
-    assert vars(PretrainedConfig)["save_pretrained"] is stock
+    assert vars(PretrainedConfig)["to_json_file"] is stock
     yopo.patch.enable()
 
 

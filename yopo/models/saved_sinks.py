@@ -1,6 +1,6 @@
 """The file of a plan's sinks goes with the config that names it: transformers' configs write it
-beside the config.json that they save, and with it every save_pretrained of a model, whatever its
-class. Of a config without sinks nothing is touched.
+beside the config.json that they write, before anything is pushed to the Hub; and so does every
+save_pretrained of a model, whatever its class. Of a config without sinks nothing is touched.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from yopo.plan.config_fields import blocks
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.plan.sinks import named
 
-_NAME = "save_pretrained"
+_NAME = "to_json_file"
 
 
 def accompany_configs() -> None:
@@ -25,17 +25,17 @@ def accompany_configs() -> None:
         return
 
     @functools.wraps(stock)
-    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        result = stock(self, save_directory, *args, **kwargs)
+    def to_json_file(self: Any, json_file_path: Any, *args: Any, **kwargs: Any) -> Any:
+        result = stock(self, json_file_path, *args, **kwargs)
         for block in blocks(self).values():
             if isinstance(block, dict) and named(block.get("sinks")):
                 plan = PruningPlan.found_in(self)
                 if plan is not None and plan.sinks is not None:
-                    plan.sinks.save(Path(save_directory), block["sinks"]["file"])
+                    plan.sinks.save(Path(json_file_path).parent, block["sinks"]["file"])
         return result
 
-    save_pretrained._yopo_stock = stock  # type: ignore[attr-defined]
-    setattr(PretrainedConfig, _NAME, save_pretrained)
+    to_json_file._yopo_stock = stock  # type: ignore[attr-defined]
+    setattr(PretrainedConfig, _NAME, to_json_file)
 
 
 def leave_configs() -> None:
