@@ -49,6 +49,7 @@ def with_sinks(**changes: object) -> PruningPlan:
         ({"b": B / 0}, r"sinks\.b\[0, 0, 0\] is -inf"),
         ({"tokens": 0}, r"sinks\.tokens is 0"),
         ({"tokens": 2.0}, r"sinks\.tokens is 2\.0"),
+        ({"tokens": 10**30}, rf"sinks\.tokens is {10**30}; allowed: .* to {2**63 - 1}"),
     ],
 )
 def test_bad_sinks_are_refused_with_field_value_and_range(values, words):
@@ -81,6 +82,19 @@ def test_a_plan_file_has_its_sinks_beside_it_and_finds_them_again(name, tmp_path
     made.save(tmp_path / name)
     assert len(list(tmp_path.iterdir())) == 2
     assert PruningPlan.load(tmp_path / name) == made
+
+
+def test_plan_files_of_like_names_do_not_share_their_sinks(tmp_path):
+    made = {name: with_sinks(a=A + number) for number, name in enumerate(("p", "p.json", "p.v2"))}
+    for name, one in made.items():
+        one.save(tmp_path / name)
+    assert {name: PruningPlan.load(tmp_path / name) for name in made} == made
+
+
+def test_sinks_made_in_inference_mode_can_be_trained_with():
+    with torch.inference_mode():
+        made = Sinks(A * 1, B * 1)
+    assert not (made.a.is_inference() or made.b.is_inference())
 
 
 def test_sinks_without_b_need_no_file(tmp_path):

@@ -93,7 +93,7 @@ class Sinks:
 
 def sinks_beside(plan_file: str) -> str:
     """The name of the file of sinks beside a plan file of that name."""
-    return f"{Path(plan_file).stem}.sinks.safetensors"
+    return f"{plan_file}.sinks.safetensors"
 
 
 class _Named(dict[str, Any]):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 V = TypeVar("V")
+_LARGEST = 2**63 - 1  # of a tensor's integers
 
 
 def as_mask(name: str, values: object) -> torch.Tensor:
@@ -36,9 +37,11 @@ def as_mask(name: str, values: object) -> torch.Tensor:
 
 def integer(field: str, value: object, low: int, high: int | None) -> int:
     """`value` as an int, if it is a whole number in low..high (ValueError otherwise)."""
-    allowed = f"whole numbers from {low}" + ("" if high is None else f" to {high}")
     # bool is an int in Python; `window: true` in a config is a mistake all the same.
     number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if high is None and number is not None and number > _LARGEST:
+        high = _LARGEST
+    allowed = f"whole numbers from {low}" + ("" if high is None else f" to {high}")
     if number is None or number < low or (high is not None and number > high):
         raise ValueError(f"{field} is {value!r}; allowed: {allowed}")
     return number
@@ -85,7 +88,8 @@ def as_numbers(name: str, values: object, dimensions: int) -> torch.Tensor:
         raise ValueError(f"{name} must be numbers of one shape: {error}") from error
     if given.dtype is torch.bool or given.is_complex():
         raise ValueError(f"{name} is of {given.dtype}; allowed: finite numbers")
-    numbers = given.to(torch.float32, copy=True).contiguous()
+    with torch.inference_mode(False):  # they outlive this call, and training may follow
+        numbers = given.to(torch.float32, copy=True).contiguous()
     if numbers.dim() != dimensions or 0 in numbers.shape:
         raise ValueError(
             f"{name} has shape {tuple(numbers.shape)}; allowed: {dimensions} dimensions, none empty"
