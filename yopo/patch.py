@@ -40,6 +40,7 @@ def enable() -> None:
     from yopo.models.building import prune_loaded
     from yopo.models.peft_adapters import accompany_adapters
     from yopo.models.saved_sinks import accompany_configs
+    from yopo.plan.sinks import looked_for
 
     stock = {name: vars(PreTrainedModel)[name] for name in _NAMES}
 
@@ -51,9 +52,10 @@ def enable() -> None:
 
     @functools.wraps(stock["from_pretrained"].__func__)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        loaded = stock["from_pretrained"].__get__(None, cls)(*args, **kwargs)
-        if _stock:
-            prune_loaded(loaded[0] if isinstance(loaded, tuple) else loaded)
+        with looked_for(kwargs):
+            loaded = stock["from_pretrained"].__get__(None, cls)(*args, **kwargs)
+            if _stock:
+                prune_loaded(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
     _stock.update(stock)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PretrainedConfig
 
 import yopo
+from yopo.plan import sinks as plan_sinks
 from yopo.plan.config_fields import head_dim
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.plan.sinks import FILE, Sinks, unread
@@ -92,6 +93,32 @@ def test_a_file_of_another_name_keeps_it(saved: Path, tmp_path: Path) -> None:
     (saved / "config.json").write_text(json.dumps(config))
     LlamaForCausalLM.from_pretrained(saved).save_pretrained(tmp_path / "second")
     assert PruningPlan.load(tmp_path / "second") == sink_plan()
+
+
+def test_they_are_found_in_a_subfolder(saved: Path, tmp_path: Path) -> None:
+    again = LlamaForCausalLM.from_pretrained(saved.parent, subfolder=saved.name)
+    assert yopo.plan_of(again) == sink_plan()
+    again.save_pretrained(tmp_path / "second")
+    assert PruningPlan.load(tmp_path / "second") == sink_plan()
+
+
+def test_in_a_repository_they_are_looked_for_as_the_rest_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(*arguments: Any, **named: Any) -> str:
+        asked.update(named, given=arguments)
+        raise OSError("offline")
+
+    monkeypatch.setattr(plan_sinks, "hf_hub_download", download)
+    config = yopo.apply(build(SHAPE), sink_plan()).config.to_dict() | {"_name_or_path": "some/one"}
+    block = json.loads(json.dumps(config["yopo"]))  # as it is read from a file
+    place = {"subfolder": "sub", "cache_dir": "there", "dtype": "auto"}
+    with plan_sinks.looked_for(place), pytest.raises(FileNotFoundError, match="offline"):
+        PruningPlan.from_config(config | {"yopo": block})
+    given = ("some/one", FILE)
+    assert asked == {"given": given, "revision": None, "subfolder": "sub", "cache_dir": "there"}
 
 
 def test_a_config_alone_takes_them_along(tmp_path: Path) -> None:

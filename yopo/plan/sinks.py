@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -102,7 +102,19 @@ class _Named(dict[str, Any]):
     sinks: Sinks
 
 
+_WHERE: ContextVar[Mapping[str, Any] | None] = ContextVar("yopo_where_sinks_are", default=None)
 _UNREAD: ContextVar[bool] = ContextVar("yopo_unread_sinks", default=False)
+
+
+@contextmanager
+def looked_for(arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Within it files of sinks are where from_pretrained finds others by these `arguments`."""
+    names = ("subfolder", "cache_dir", "token", "local_files_only")
+    token = _WHERE.set({name: arguments[name] for name in names if arguments.get(name) is not None})
+    try:
+        yield
+    finally:
+        _WHERE.reset(token)
 
 
 @contextmanager
@@ -181,13 +193,14 @@ def _read(block: object, checkpoint: str | None, revision: str | None) -> Sinks:
 
 def _find(name: str, checkpoint: str | None, revision: str | None) -> Path:
     """The file in the folder `checkpoint`, or of that Hub repository."""
-    path = Path(checkpoint or ".").expanduser() / name
+    where, folder = _WHERE.get() or {}, Path(checkpoint or ".").expanduser()
+    path = folder / where.get("subfolder", "") / name
     if path.is_file():
         return path
     why = ""
-    if checkpoint and not path.parent.is_dir():
+    if checkpoint and not folder.is_dir():
         try:
-            return Path(hf_hub_download(checkpoint, name, revision=revision))
+            return Path(hf_hub_download(checkpoint, name, revision=revision, **where))
         except (OSError, ValueError) as error:  # hub errors are OSErrors, of bad names ValueErrors
             why = f" ({error})"
     raise FileNotFoundError(
