@@ -24,6 +24,7 @@ from yopo.calibration.divergence import divergence, references
 from yopo.calibration.head_rule import released_head_keep
 from yopo.calibration.sample_split import split_for
 from yopo.calibration.sample_statistics import Statistics
+from yopo.calibration.search_trials import TEMPERATURE
 from yopo.calibration.sink_fit import fit_sinks
 from yopo.checkpoint import neuron_order
 from yopo.errors import CannotGoOn
@@ -242,7 +243,7 @@ def test_the_report_is_what_the_plan_changes_where_nothing_was_chosen() -> None:
     assert (report.judged, report.samples) == (2, 7) and report.plan == made.plan
     assert report.influence == pytest.approx(made.statistics.influence.double().mean(0).tolist())
     chosen_by = [one for i, one in enumerate(samples[1::2]) if i % 3 != 2]
-    kl = divergence(model, made.plan, references(model, chosen_by)).kl.mean()
+    kl = divergence(model, made.plan, references(model, chosen_by), TEMPERATURE).kl.mean()
     assert report.search.chosen.divergence == pytest.approx(float(kl))
     assert str(report).splitlines() == lines == report.lines()
     assert f"2 questions held out, by which the plan was not chosen: {100 * report.same:.1f} %" in (
