@@ -88,7 +88,7 @@ def test_the_folder_made_is_a_checkpoint_with_the_plan(
     assert len(statistics) == 12  # a rule holds none out
     dense = loaded(work / "llava-v1-random")
     statistics.check(dense)
-    plan = PruningPlan.from_config(json.loads((made / "config.json").read_text()))
+    plan = PruningPlan.load(made)
     expected = yopo.calibrate(dense, statistics=statistics, keep=0.75, mass="drop").plan
     order = neurons.ranked(statistics)
     assert (plan.head_keep, plan.window) != (None, None)
@@ -126,7 +126,7 @@ def test_plan_order_and_words_are_those_of_the_function(
         **settings,
     )
     folder = tmp_path / "llava-v1-pruned"
-    assert PruningPlan.from_config(json.loads((folder / "config.json").read_text())) == made.plan
+    assert PruningPlan.load(folder) == made.plan
     assert torch.equal(neuron_order.load_order(folder / neuron_order.FILE), made.neuron_order)
     assert f"\n{made.report}\nwritten: " in out
     written = Statistics.load(folder / STATISTICS)
@@ -144,7 +144,7 @@ def test_a_budget_is_searched_and_what_was_tried_is_written(run: Any, tmp_path: 
     code, out, _ = run(budget=0.3, evaluations=12, mass="drop", first_neurons=True)
     made = tmp_path / "llava-v1-pruned"
     assert code == 0, out
-    plan = PruningPlan.from_config(json.loads((made / "config.json").read_text()))
+    plan = PruningPlan.load(made)
     assert (plan.head_mass, plan.cut_mass, plan.ffn_order) == ("drop", "drop", None)
     with open(made / "search.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -184,7 +184,7 @@ def test_a_plan_is_made_again_from_statistics_alone(run: Any, tmp_path: Path) ->
         out=second, keep=0.9, data=None, statistics=first / STATISTICS, layer_cut=1, window=0
     )
     assert code == 0 and "questions" not in out
-    plan = PruningPlan.from_config(json.loads((second / "config.json").read_text()))
+    plan = PruningPlan.load(second)
     assert plan.head_keep.sum() == round(0.9 * LAYERS * HEADS)
     assert plan.layer_cut == 1 and plan.window is None
     one, other = (Statistics.load(folder / STATISTICS) for folder in (first, second))
@@ -345,8 +345,5 @@ def test_a_checkpoint_whose_neurons_were_reordered_is_not_reordered_again(
     message = refused(run, tmp_path, model=tmp_path / "llava-one")
     assert "in another order already" in message
     assert run(model=tmp_path / "llava-one", first_neurons=True)[0] == 0
-    plans = [
-        PruningPlan.from_config(json.loads((tmp_path / name / "config.json").read_text()))
-        for name in ("llava-one", "llava-v1-pruned")
-    ]
+    plans = [PruningPlan.load(tmp_path / name) for name in ("llava-one", "llava-v1-pruned")]
     assert plans[0].ffn_order is not None and plans[0].ffn_order == plans[1].ffn_order

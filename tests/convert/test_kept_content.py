@@ -29,7 +29,7 @@ if Version(transformers.__version__) < Version("4.45"):
 def test_a_yopo_block_is_kept(tmp_path: Path) -> None:
     source = TINY / "tiny-llava-v1-pruned"
     folder = convert(source, tmp_path / "new")
-    before = PruningPlan.from_config(json.loads((source / "config.json").read_text()))
+    before = PruningPlan.load(source)
     content = json.loads((folder / "config.json").read_text())
     assert PruningPlan.from_config(content) == before
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -44,7 +44,7 @@ def test_released_fields_become_a_block_with_the_mask_in_it(tmp_path: Path) -> N
     keep = random_llava.a_plan().head_keep
     head_mask.save(source / "headmask_tiny_1.npy", keep)
     folder = convert(source, tmp_path / "new")
-    plan = PruningPlan.from_config(json.loads((folder / "config.json").read_text()))
+    plan = PruningPlan.load(folder)
     assert plan == PruningPlan(keep, window=5, layer_cut=2, ffn_ratio=2)
     assert (plan.head_mass, plan.cut_mass) == ("exact", "exact")
 

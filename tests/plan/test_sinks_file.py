@@ -124,6 +124,10 @@ def test_a_config_copied_in_memory_needs_no_file():
     with_sinks().save_to(target)
     for copied in (copy.deepcopy(target), pickle.loads(pickle.dumps(target)), target.to_dict()):
         assert PruningPlan.from_config(copied) == with_sinks()
+    as_json = json.loads(json.dumps(target.to_dict()))
+    assert PruningPlan.from_config(as_json) == with_sinks()  # as long as target lives
+    with pytest.raises(FileNotFoundError, match="some/where"):
+        PruningPlan.from_config(as_json | {"_name_or_path": "some/where"})
 
 
 @pytest.mark.parametrize("change", [{"tokens": 1}, {"checksum": f"sha256:{'1' * 64}"}])

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -81,7 +82,7 @@ class Sinks:
         if self.b is None:
             return {"tokens": self.tokens, "a": self.a.tolist()}
         named = _Named(tokens=self.tokens, file=file, checksum=self.checksum)
-        named.sinks = self
+        named.sinks = _ALIVE.setdefault(self.checksum, self)
         return named
 
     def save(self, folder: Path, name: str = FILE) -> None:
@@ -102,6 +103,8 @@ class _Named(dict[str, Any]):
     sinks: Sinks
 
 
+# Those that a block was made of, for configs as JSON of which nothing says where they are from.
+_ALIVE: WeakValueDictionary[str, Sinks] = WeakValueDictionary()
 _WHERE: ContextVar[Mapping[str, Any] | None] = ContextVar("yopo_where_sinks_are", default=None)
 _UNREAD: ContextVar[bool] = ContextVar("yopo_unread_sinks", default=False)
 
@@ -169,7 +172,7 @@ def _read(block: object, checkpoint: str | None, revision: str | None) -> Sinks:
         raise ValueError(f"sinks.file is {name!r}; allowed: the name of a .safetensors file")
     if not isinstance(checksum, str) or not _CHECKSUM.fullmatch(checksum):
         raise ValueError(f"sinks.checksum is {checksum!r}; allowed: 'sha256:' and 64 hex digits")
-    known = getattr(block, "sinks", None)
+    known = getattr(block, "sinks", None if checkpoint else _ALIVE.get(checksum))
     if known is not None and (known.checksum, known.tokens) == (checksum, block["tokens"]):
         return known
     path = _find(name, checkpoint, revision)
