@@ -259,7 +259,7 @@ def test_a_budget_that_no_plan_reaches_says_the_least(
         found_for(model, statistics, known, least - 1e-3, mass="exact")
 
 
-@pytest.mark.parametrize("budget", [0, -0.1, 1.1, 25, float("nan")])
+@pytest.mark.parametrize("budget", [0, -0.1, 1.1, 25, float("nan"), True])
 def test_what_is_no_budget_is_refused(
     model: Any, statistics: Any, known: Any, budget: float
 ) -> None:

@@ -127,9 +127,9 @@ class SearchConfig(CalibrationConfig):
 
     def __post_init__(self, called: Called) -> None:
         super().__post_init__(called)
-        if not 0 < self.budget <= 1:
+        if isinstance(self.budget, bool) or not 0 < self.budget <= 1:
             raise ValueError(
-                f"{called('budget')} is {self.budget:g}; allowed: above 0, to 1 (all visual FLOPs)"
+                f"{called('budget')} is {self.budget}; allowed: above 0, to 1 (all visual FLOPs)"
             )
 
     @property

@@ -24,7 +24,7 @@ from yopo.prompts.sample import ANSWER
 
 # Of answers that a model is sure of, as of what it was trained on, KL tells little until they turn:
 # at 4 plans come in the order of what they get right of unseen questions, at 1 they do not.
-TEMPERATURE = float(__import__("os").environ.get("T", 4))
+TEMPERATURE = 4.0
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _key(plan: PruningPlan) -> str:
 
 
 def _mark(model: str, known: Sequence[Reference]) -> str:
-    digest = hashlib.sha256(model.encode())
+    digest = hashlib.sha256(f"{model} {TEMPERATURE}".encode())
     for reference in known:
         digest.update(digest_of({**reference.inputs, ANSWER: reference.answer}).encode())
     return digest.hexdigest()[:32]
