@@ -128,8 +128,9 @@ class SearchConfig(CalibrationConfig):
     def __post_init__(self, called: Called) -> None:
         super().__post_init__(called)
         if isinstance(self.budget, bool) or not 0 < self.budget <= 1:
+            given = self.budget if isinstance(self.budget, bool) else f"{self.budget:g}"
             raise ValueError(
-                f"{called('budget')} is {self.budget}; allowed: above 0, to 1 (all visual FLOPs)"
+                f"{called('budget')} is {given}; allowed: above 0, to 1 (all visual FLOPs)"
             )
 
     @property
