@@ -326,15 +326,18 @@ def test_a_plan_comes_with_its_adapter(
     assert PruningPlan.from_config(outer.config) == PLAN
 
 
-def test_transformers_own_adapters_take_the_plan_along(
-    folders: dict[str, Path], answer: Tensor, tmp_path: Path
-) -> None:
-    model = by_transformers(folders["adapter"])
+def save_by_transformers(model: Any, folder: Path) -> None:
     try:
         model.active_adapters()  # save_pretrained asks for them
     except ValueError as error:
         pytest.skip(f"this transformers wants a newer peft than there may be: {error}")
-    model.save_pretrained(tmp_path / "again")
+    model.save_pretrained(folder)
+
+
+def test_transformers_own_adapters_take_the_plan_along(
+    folders: dict[str, Path], answer: Tensor, tmp_path: Path
+) -> None:
+    save_by_transformers(by_transformers(folders["adapter"]), tmp_path / "again")
     assert (tmp_path / "again" / "adapter_config.json").exists()
     assert runs_as(by_peft(tmp_path / "again").eval(), PLAN, answer)
 
@@ -346,7 +349,7 @@ def test_sinks_come_with_the_adapter(tmp_path: Path) -> None:
     adapted.save_pretrained(tmp_path / "by peft")
     loaded = by_transformers(tmp_path / "by peft").eval()
     assert runs_as(loaded, plan, found)
-    loaded.save_pretrained(tmp_path / "by transformers")
+    save_by_transformers(loaded, tmp_path / "by transformers")
     assert runs_as(by_peft(tmp_path / "by transformers").eval(), plan, found)
 
 
