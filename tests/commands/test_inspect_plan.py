@@ -149,20 +149,24 @@ def test_without_a_plan_it_says_so_and_what_dense_costs(
     assert json.loads(capsys.readouterr().out)["plan"] is None
 
 
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The maps that are drawn in the test, as numbers."""
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    maps: list[Any] = []
+    real = axes.pcolormesh
+    monkeypatch.setattr(
+        axes, "pcolormesh", lambda self, *a, **k: maps.append(a[-1]) or real(self, *a, **k)
+    )
+    return maps
+
+
 @pytest.mark.parametrize("cut_mass", ["exact", "drop"])
 def test_head_map_shows_what_each_head_does(
-    tmp_path: Path, cut_mass: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cut_mass: str, drawn: list[Any]
 ) -> None:
-    pytest.importorskip("matplotlib")
-    from matplotlib.axes import Axes
-
     from yopo.counting import plan_picture as inspect_png
 
-    drawn: list[Any] = []
-    real = Axes.pcolormesh
-    monkeypatch.setattr(
-        Axes, "pcolormesh", lambda self, *a, **k: drawn.append(a[-1]) or real(self, *a, **k)
-    )
     plan = PruningPlan(KEEP, layer_cut=6, cut_mass=cut_mass)
     folder = tmp_path / "new" / "folder"
     arguments = ["inspect", checkpoint(tmp_path, plan), "--png", str(folder / "map.png")]
@@ -177,16 +181,8 @@ def test_head_map_shows_what_each_head_does(
 
 
 def test_beyond_the_cut_heads_serve_visual_queries_only_where_there_are_any(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, drawn: list[Any]
 ) -> None:
-    pytest.importorskip("matplotlib")
-    from matplotlib.axes import Axes
-
-    drawn: list[Any] = []
-    real = Axes.pcolormesh
-    monkeypatch.setattr(
-        Axes, "pcolormesh", lambda self, *a, **k: drawn.append(a[-1]) or real(self, *a, **k)
-    )
     plan = PruningPlan(KEEP, layer_cut=6, visual_attention=[True] * 7 + [False])
     arguments = ["inspect", checkpoint(tmp_path, plan), "--png", str(tmp_path / "map.png")]
     assert cli.main(arguments) == 0

@@ -119,8 +119,8 @@ def _alike(known: Sequence[Reference]) -> Iterator[list[int]]:
     """Numbers of references whose inputs make one batch without padding."""
     groups: dict[Any, list[int]] = {}
     for number, one in enumerate(known):
-        alone = number  # of inputs that do not begin with the batch, each is one
-        kind = [(name, _kind(value, alone)) for name, value in sorted(one.inputs.items())]
+        # `number`: no other is like an input that does not begin with the batch.
+        kind = [(name, _kind(value, number)) for name, value in sorted(one.inputs.items())]
         groups.setdefault((*kind, one.prompt, one.answer.shape), []).append(number)
     for numbers in groups.values():
         prompt = known[numbers[0]].prompt

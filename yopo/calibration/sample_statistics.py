@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from yopo.files import write_whole
+from yopo.plan.config_fields import head_sizes
 from yopo.plan.sinks import Sinks
 
 FORMAT = "4"
@@ -142,7 +143,6 @@ def fingerprint(model: nn.Module) -> str:
     """
     # Not at the top: statistics are read without transformers.
     from yopo.models.parts import Parts
-    from yopo.plan.config_fields import head_sizes
 
     parts = Parts.of(model)
     config = parts.decoder.config

@@ -201,11 +201,12 @@ class _Way:
         base, best = self._kl("here", point), list(losses)
         while True:
             to, expected, made = point, base, set()
+            ways = dict(self._maker.removals(to))
             for move in best:
-                then = dict(self._maker.removals(to)).get(move)
-                if then is None or move[:2] in made:
+                if move not in ways or move[:2] in made:
                     continue  # of a layer's heads, attention or FFN one at a time
-                to, expected = then, expected + losses[move]
+                to, expected = ways[move], expected + losses[move]
+                ways = dict(self._maker.removals(to))
                 made.add(move[:2])
                 if self._share(to) <= goal or (careful and expected > 2 * base + FINE):
                     break

@@ -142,7 +142,7 @@ class PlanMaker:
     def _living(self, point: Point) -> Point:
         """`point` without what no head sees: visual tokens need not change in the last layer that
         reads them, nor behind it, and attend with no head but those that read."""
-        if "exact" in self.masses["cut_mass"]:
+        if self.masses["cut_mass"] == "exact":
             return point  # their keys count to the last layer
         last = max((i for i, units in enumerate(point.reads) if units), default=-1)
         attends = [on and i < last and bool(point.reads[i]) for i, on in enumerate(point.attends)]
