@@ -26,8 +26,8 @@ from yopo.files import read_json, write_json
 __all__ = ["put", "ranked", "reorder"]
 
 SAMPLES = 100  # for the head mask, as released, and for sinks
-HELD_OUT = 240  # other ones, for the search
-EVALUATIONS = 500  # plans it tries for each budget
+HELD_OUT = 600  # other ones, for the search
+EVALUATIONS = 600  # plans it tries for each budget
 
 
 def samples(

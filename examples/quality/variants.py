@@ -58,7 +58,7 @@ def all_variants() -> list[Variant]:
     dense, hand = [Variant("dense")], of("hand", BUDGETS, *MASSES)
     other_masses = of("search", BUDGETS, *MASSES[1:])
     return [
-        *of("search", (50, 25, 12, 8, 4), "drop"),
+        *of("search", (12, 8, 25, 4, 50), "drop"),
         *tuned(of("search", (12, 4, 25, 50), "drop")),
         *dense,
         *tuned(dense),

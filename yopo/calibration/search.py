@@ -28,6 +28,7 @@ from yopo.plan.pruning_plan import PruningPlan
 
 STEP = 0.7  # of the FLOPs stay in each round of the descent
 AGAIN = 24  # moves that are measured anew in each round, the best by what was measured before
+FEW = 8  # so many in an exchange
 DESCENT = 0.6  # of the evaluations, at most; exchanges take the rest
 EXCHANGES = 5  # of the best things to put back, tried before it is left at that
 SLACK = 1.3  # moves together may lose so many times the sum of what each loses
@@ -134,6 +135,7 @@ class _Way:
         self._maker, self._trials, self._budget = maker, trials, config.budget
         self._shares: dict[Point, float] = {}
         self._rates: dict[Move, float] = {}  # nats for each share of the FLOPs, as last measured
+        self._gains: dict[Move, float] = {}  # the same, of what is put back
         self._guessed = 1.0  # nats that 1 of `PlanMaker.guess` came to
 
     def walk(self) -> None:
@@ -145,9 +147,9 @@ class _Way:
 
     # -- down ----------------------------------------------------------------------------------
 
-    def _descend(self, point: Point, spend: int) -> Point | None:
+    def _descend(self, point: Point, spend: int, again: int = AGAIN) -> Point | None:
         """A point within the budget, after about `spend` more plans; None where no more may be
-        tried before it is reached."""
+        tried before it is reached. again: as AGAIN."""
         last = self._trials.left - spend
         while (share := self._share(point)) > self._budget:
             options = self._cheaper(point)
@@ -157,7 +159,7 @@ class _Way:
             rounds = math.log(self._budget / share) / math.log(STEP)
             rounds = max(1.0, min(rounds, left / LEAST))
             quota = int(left / rounds) - 2
-            losses = self._losses(point, options, max(1, quota))
+            losses = self._losses(point, options, max(1, quota), again)
             goal = max(self._budget, share * (self._budget / share) ** (1 / rounds))
             point = self._together(point, losses, goal, careful=quota > LEAST)
         return point
@@ -167,19 +169,21 @@ class _Way:
         ways = self._maker.removals(point)
         return {move: to for move, to in ways if self._share(to) < share - 1e-12}
 
-    def _losses(self, point: Point, options: dict[Move, Point], quota: int) -> dict[Move, float]:
+    def _losses(
+        self, point: Point, options: dict[Move, Point], quota: int, again: int
+    ) -> dict[Move, float]:
         """What each move loses, in nats, the best for the FLOPs that it saves first. At most
-        `quota` are measured: those that never were, and the AGAIN best of the others; of the rest
-        it is what they lost elsewhere, or what the statistics make of them."""
+        `quota` are measured: those that never were, and the `again` best of the others; of the
+        rest it is what they lost elsewhere, or what the statistics make of them."""
         base, saved, rates = self._kl("here", point), {}, {}
         for move, to in options.items():
             saved[move] = self._share(point) - self._share(to)
             guess = self._guessed * self._maker.guess(point, move, to) / saved[move]
             rates[move] = self._rates.get(move, guess)
         best = sorted(options, key=lambda move: rates[move])
-        again = set([move for move in best if move in self._rates][:AGAIN])
+        anew = set([move for move in best if move in self._rates][:again])
         measured, guesses = 0.0, 0.0
-        for move in [move for move in best if move not in self._rates or move in again]:
+        for move in [move for move in best if move not in self._rates or move in anew]:
             if not self._trials.known(self._maker.plan(options[move])):
                 if quota < 1 or self._trials.left < 2:
                     continue
@@ -221,18 +225,29 @@ class _Way:
     def _exchange(self, point: Point) -> Point | None:
         """A better point within the budget; None where putting things back leads to none."""
         base, share = self._kl("here", point), self._share(point)
-        gains: dict[Point, float] = {}
-        for move, to in self._maker.additions(point):
-            if self._share(to) <= share + 1e-12 or to in gains or self._trials.left < 1:
-                continue
-            gains[to] = (base - self._kl(_why(move), to)) / (self._share(to) - share)
-        for to in sorted(gains, key=lambda to: -gains[to])[:EXCHANGES]:
-            if gains[to] <= 0:
-                break
-            there = self._descend(to, self._trials.left)
-            if there is not None and self._kl("exchanged", there) < base - NOTHING:
-                return there
+        ways = {to: move for move, to in self._maker.additions(point)}
+        options = {move: to for to, move in ways.items() if self._share(to) > share + 1e-12}
+        for again in (FEW, len(options)):
+            gains = self._gain(point, options, again)
+            for move in sorted(gains, key=lambda move: -gains[move])[:EXCHANGES]:
+                if gains[move] <= 0:
+                    break
+                there = self._descend(options[move], self._trials.left, FEW)
+                if there is not None and self._kl("exchanged", there) < base - NOTHING:
+                    return there
         return None
+
+    def _gain(self, point: Point, options: dict[Move, Point], again: int) -> dict[Move, float]:
+        """What putting something back gains, in nats for each share of the FLOPs: of what was
+        never measured, and of the `again` that gained most before."""
+        base, share, gains = self._kl("here", point), self._share(point), {}
+        known = sorted((m for m in options if m in self._gains), key=lambda m: -self._gains[m])
+        for move in [m for m in options if m not in self._gains] + known[:again]:
+            if self._trials.left > 0 or self._trials.known(self._maker.plan(options[move])):
+                kl = self._kl(_why(move), options[move])
+                gains[move] = (base - kl) / (self._share(options[move]) - share)
+        self._gains |= gains
+        return gains
 
     # ------------------------------------------------------------------------------------------
 
