@@ -140,7 +140,7 @@ def test_bad_image(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_a_hub_id_goes_on_to_from_pretrained() -> None:
-    check_model("zwt123home123/llava-1.5-13b-prune-zp25")
+    check_model("zwt123home123/llava-1.5-13b-prune-zp25", "--model-path")
 
 
 @needs_float16

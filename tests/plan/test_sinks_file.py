@@ -46,6 +46,7 @@ def with_sinks(**changes: object) -> PruningPlan:
         ({"b": B[0]}, r"sinks\.b has shape \(10, 4\)"),
         ({"b": B[1:]}, r"sinks\.b has shape \(3, 10, 4\); allowed: sinks\.a's, \(4, 10\)"),
         ({"b": B[..., :0]}, r"sinks\.b has shape \(4, 10, 0\)"),
+        ({"a": A * 0 - 2e4}, r"sinks\.a\[0, 0\] is -20000; allowed: -1e4 to 1e4"),
         ({"b": B / 0}, r"sinks\.b\[0, 0, 0\] is -inf"),
         ({"tokens": 0}, r"sinks\.tokens is 0"),
         ({"tokens": 2.0}, r"sinks\.tokens is 2\.0"),

@@ -91,7 +91,7 @@ def _calibrate(args: argparse.Namespace, config: CalibrationConfig) -> None:
     from yopo.prompts.questions import Samples
 
     if kind_of(args.model) == "llava":
-        check_model(args.model)
+        check_model(args.model, "model")
         if "llava" not in args.out.name.lower():
             raise BadInput(f"--out: LLaVA loads only folders with 'llava' in the name: {args.out}")
     device, questions = device_of(args.device), _questions(args, config)

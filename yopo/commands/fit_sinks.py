@@ -71,7 +71,7 @@ def _check(args: argparse.Namespace) -> None:
         check_new_folder(_partial(out))
     elif not os.access(folder, os.W_OK):
         raise BadInput(f"{folder} is not yours to write to: name a folder to make (--out)")
-    check_model(args.checkpoint)
+    check_model(args.checkpoint, "checkpoint")
     if out is not None and kind_of(folder) == "llava" and "llava" not in out.name.lower():
         raise BadInput(f"--out: LLaVA loads only folders with 'llava' in the name: {out}")
     config = read_json(folder / "config.json") | {"_name_or_path": str(folder)}

@@ -44,7 +44,7 @@ def infer(args: argparse.Namespace) -> int:
     # transformers' advice, to LLaVA's code as to others', would break up the answer.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
-    check_model(args.model_path)
+    check_model(args.model_path, "--model-path")
     if args.mass is not None:
         check_masses(args.mass)
     if args.max_new_tokens < 1:

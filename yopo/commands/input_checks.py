@@ -23,30 +23,28 @@ _PATIENCE = 60  # seconds for a server to answer
 _MOST_NAMED = 10  # of the entries passed over
 
 
-def check_model(path: str) -> None:
+def check_model(path: str, called: str) -> None:
     """Raises BadInput where a checkpoint folder is missing, cut off, or LLaVA's without being one
-    that LLaVA can load."""
+    that LLaVA can load. called: the argument that names it."""
     folder = Path(path)
     if not folder.is_dir():
         if _HUB_ID.fullmatch(path) and not Path(path).parent.exists():
             return  # from_pretrained downloads it
-        raise BadInput(f"--model-path: there is no folder {path!r} (from {Path.cwd()})")
+        raise BadInput(f"{called}: there is no folder {path!r} (from {Path.cwd()})")
     from yopo.checkpoint.shards import read_json, weight_files
 
     config = read_json(folder / "config.json")
     if "mm_vision_tower" in config:
-        _check_llava(folder, config)
+        _check_llava(folder, config, called)
     for file in weight_files(folder):
         _check_weights(file)
 
 
-def _check_llava(folder: Path, config: dict[str, Any]) -> None:
+def _check_llava(folder: Path, config: dict[str, Any], called: str) -> None:
     # LLaVA's loader chooses by the name; get_model_name_from_path knows Trainer's subfolders.
     name = folder.name if not folder.name.startswith("checkpoint-") else folder.parent.name
     if "llava" not in name.lower():
-        raise BadInput(
-            f"--model-path: LLaVA loads only folders with 'llava' in their name: {folder}"
-        )
+        raise BadInput(f"{called}: LLaVA loads only folders with 'llava' in their name: {folder}")
     if not any((folder / file).is_file() for file in ("tokenizer.model", "tokenizer.json")):
         raise BadInput(f"{folder} is cut off: it has neither tokenizer.model nor tokenizer.json")
     tower = str(config["mm_vision_tower"])

@@ -31,6 +31,7 @@ from yopo.plan.value_checks import as_numbers, integer
 
 FILE = "yopo_sinks.safetensors"  # in a checkpoint's folder
 REMEDY = "fit them: python -m yopo sinks CHECKPOINT --data FILE, or yopo.fit_sinks(model, samples)"
+MOST = 1e4  # of a logit: beyond it no share changes, and half precision has no such products
 _CHECKSUM = re.compile("sha256:[0-9a-f]{64}")
 
 
@@ -52,6 +53,9 @@ class Sinks:
     def __post_init__(self) -> None:
         a = as_numbers("sinks.a", self.a, 2)
         object.__setattr__(self, "a", a)
+        if bool((a.abs() > MOST).any()):
+            at = tuple((a.abs() > MOST).nonzero()[0].tolist())
+            raise ValueError(f"sinks.a{list(at)} is {float(a[at]):g}; allowed: -1e4 to 1e4")
         if self.b is not None:
             b = as_numbers("sinks.b", self.b, 3)
             if b.shape[:2] != a.shape or b.shape[2] == 0:
