@@ -27,7 +27,7 @@ __all__ = ["put", "ranked", "reorder"]
 
 SAMPLES = 100  # for the head mask, as released, and for sinks
 HELD_OUT = 600  # other ones, for the search
-EVALUATIONS = 600  # plans it tries for each budget
+EVALUATIONS = 400  # plans it tries for each budget
 
 
 def samples(

@@ -194,13 +194,15 @@ class Study:
         return variants.within(reader.config, rule, order, budget)
 
     def _searched(self, budget: int) -> PruningPlan:
-        """Begins from what there is without a search."""
+        """Begins from what there is without a search, and from what was found for more FLOPs."""
         path = self.work / f"search-{budget}.json"
         reader = self.reader()
         _, measured = plans.reorder(reader.llama, self.statistics)
         start = [self._recipe(rule, budget) for rule in variants.RECIPES]
         if budget in variants.BY_HAND:
             start.insert(0, variants.plan_by_hand(budget, self.statistics.ratios))
+        if budget in variants.FURTHER:
+            start.append(self._searched(variants.FURTHER[budget]))
         given = [plan for plan in start if plan is not None]
         plan = plans.searched(reader, measured, self.held_out, budget, given, path)
         shutil.copy(path, self.results)

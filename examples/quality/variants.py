@@ -20,6 +20,7 @@ WINDOW = 5
 # layer cut, heads kept in all layers before it (the first two layers' are always), FFN ratio.
 # None: nothing of that reaches 4 %, so visual tokens are frozen, and the heads are all there is.
 BY_HAND = {50: (8, 24, 4 / 3), 25: (6, 12, 2), 12: (5, 8, 4.5), 4: (12, 12, None)}
+FURTHER = {12: 25, 8: 12, 4: 8}  # a search prunes on what that for another budget has found
 # What has no say in the mass, with the budgets that it can be had at.
 RECIPES = {"ViCA": (25, 12, 4), "ShortV": (50, 25), "VTW": BUDGETS}
 RIVALS = {
@@ -58,7 +59,7 @@ def all_variants() -> list[Variant]:
     dense, hand = [Variant("dense")], of("hand", BUDGETS, *MASSES)
     other_masses = of("search", BUDGETS, *MASSES[1:])
     return [
-        *of("search", (12, 8, 25, 4, 50), "drop"),
+        *of("search", (25, 12, 8, 4, 50), "drop"),
         *tuned(of("search", (12, 4, 25, 50), "drop")),
         *dense,
         *tuned(dense),

@@ -201,8 +201,33 @@ def test_plans_to_start_from_are_tried_and_never_lost_to(
     assert given.plan.head_mass == "drop"
     assert found.chosen.divergence <= given.divergence
     assert found.evaluations[0].why == "hand-made"
-    with pytest.raises(ValueError, match="to start from takes 0.* more than the budget of 0.1"):
-        found_for(model, statistics, known, 0.1, start=[start])
+
+
+def test_a_plan_beyond_the_budget_is_pruned_further_in_the_dense_model_s_place(
+    model: Any, statistics: Any, known: Any
+) -> None:
+    keep = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0], [1, 0, 1, 1], [0, 0, 1, 0]])
+    start = PruningPlan(keep, window=3, layer_cut=3, ffn_ratio=4)
+    found = found_for(model, statistics, known, 0.1, start=[start], mass="drop", evaluations=30)
+    assert found.chosen.visual_flops <= 0.1 < visual_flops(start, known) / visual_flops(None, known)
+    dense = visual_flops(None, known)
+    came = [e for e in found.evaluations if e.why != "hand-made"]
+    assert max(visual_flops(e.plan, known) for e in came) < 0.5 * dense
+    assert not any(bool((e.plan.head_keep & ~start.head_keep).any()) for e in came[:5])
+
+
+def test_the_point_of_a_plan_prunes_what_it_does(statistics: Any, known: Any, model: Any) -> None:
+    cost = VisualCost(model.config, [reference.prompt for reference in known])
+    maker = PlanMaker(statistics, cost, SearchConfig(budget=0.3, mass="drop"))
+    point = maker.dense
+    for _ in range(12):  # every point that a descent comes by is its plan's
+        assert maker.point(maker.plan(point)) == point
+        point = list(maker.removals(point))[-1][1]
+    keep = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0], [1, 0, 1, 1], [0, 0, 1, 0]])
+    plan = PruningPlan(keep, window=4 + 3, layer_cut=3, ffn_ratio=3, cut_mass="drop")
+    point = maker.point(plan)
+    assert point.reads == ((0, 3), (1,), (0, 2, 3), ())
+    assert point.window == 9 and point.neurons == (24, 24, 0, 0)
 
 
 def test_no_more_plans_are_tried_than_allowed_and_each_is_told_of(

@@ -3,9 +3,10 @@
 Greedy: from the dense model down, each time what costs the answers least for the FLOPs it saves;
 then exchanges, something put back and others taken away, while that helps. What a move loses is
 measured, KL of the answers to held-out samples; which moves are worth measuring the statistics and
-earlier measurements say. The plan by hand for the budget is tried first: what is found is never
-worse on these samples. No randomness: the same model, samples and settings give the same plan.
-What the moves are is search_plans.py's, running plans search_trials.py's.
+earlier measurements say. The plan by hand for the budget is tried first, and exchanges begin from
+it if it is better: what is found is never worse on these samples. No randomness: the same model,
+samples and settings give the same plan. What the moves are is search_plans.py's, running plans
+search_trials.py's.
 """
 
 from __future__ import annotations
@@ -73,10 +74,11 @@ def search(
     counted on the prompts of `known`, under which these answers diverge least from the dense
     model's.
 
-    known: `references` of samples held out. statistics: of this model. start: further plans to try
-    first, with the config's masses. path: a file that is kept up to date with the plans tried: the
-    same call goes on from where it was stopped, and one for another budget takes over what it can.
-    log: told of each plan tried.
+    known: `references` of samples held out. statistics: of this model. start: further plans to
+    begin from, with the config's masses: those within the budget are tried first, the others are
+    pruned further, in the dense model's place. path: a file that is kept up to date with the plans
+    tried: the same call goes on from where it was stopped, and one for another budget takes over
+    what it can. log: told of each plan tried.
 
     Raises ValueError for a budget that no plan reaches, with the least that one does; CannotGoOn,
     which is one, where `path` is of another model or other samples.
@@ -87,7 +89,9 @@ def search(
     cost = VisualCost(decoder_of(model).config, [reference.prompt for reference in known])
     maker = PlanMaker(statistics, cost, config)
     maker.refuse_unreachable()
-    given = [_given(plan, maker, cost, config) for plan in start]
+    given = [replace(plan, **maker.masses) for plan in start]
+    beyond = [plan for plan in given if cost.share(plan) > config.budget]
+    given = [plan for plan in given if plan not in beyond]
     trials = Trials(
         model,
         known,
@@ -105,7 +109,8 @@ def search(
         first += [("given", plan) for plan in given]
         for why, plan in first[: config.evaluations]:
             trials.run(why, plan)
-        _Way(maker, trials, config).walk()
+        above = [maker.point(plan) for plan in beyond] or [maker.dense]
+        _Way(maker, trials, config).walk(above, [maker.point(plan) for _, plan in first])
     finally:
         trials.close()
     within = [e for e in trials.done if e.visual_flops <= config.budget]
@@ -113,19 +118,6 @@ def search(
     if chosen.divergence == math.inf:
         raise ValueError("no plan tried gives finite logits: look at the model's weights and dtype")
     return Found(chosen.plan, config.budget, trials.done)
-
-
-def _given(
-    plan: PruningPlan, maker: PlanMaker, cost: VisualCost, config: SearchConfig
-) -> PruningPlan:
-    plan = replace(plan, **maker.masses)
-    share = cost.share(plan)
-    if share > config.budget:
-        raise ValueError(
-            f"a plan to start from takes {share:.3f} of the visual FLOPs, more than the budget of "
-            f"{config.budget:g}"
-        )
-    return plan
 
 
 class _Way:
@@ -138,10 +130,13 @@ class _Way:
         self._gains: dict[Move, float] = {}  # the same, of what is put back
         self._guessed = 1.0  # nats that 1 of `PlanMaker.guess` came to
 
-    def walk(self) -> None:
-        """Down, and then by exchanges, until nothing helps or no more plans may be tried."""
-        spend = int(DESCENT * self._trials.left)
-        point = self._descend(self._maker.dense, spend)
+    def walk(self, above: Sequence[Point], tried: Sequence[Point]) -> None:
+        """Down from each point in `above`, and from the best of those and `tried` by exchanges,
+        until nothing helps or no more plans may be tried."""
+        spend = int(DESCENT * self._trials.left / len(above))
+        reached = [self._descend(point, spend) for point in above]
+        within = [p for p in (*reached, *tried) if p and self._share(p) <= self._budget]
+        point = min(within, key=lambda p: self._kl("here", p), default=None)
         while point is not None and self._trials.left > 0:
             point = self._exchange(point)
 

@@ -6,6 +6,7 @@ Of a point, heads are taken in units that share a key and value (GQA): less save
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -85,6 +86,18 @@ class PlanMaker:
             visual_attention=point.attends,
             **self.masses,
         )
+
+    def point(self, plan: PruningPlan) -> Point:
+        """The point that prunes what `plan` does, or less where none is like it."""
+        read = plan.head_keep.unflatten(1, (self.units, -1)).any(2)
+        read[plan.layer_cut :] = False
+        reads = tuple(tuple(row.nonzero()[:, 0].tolist()) for row in read)
+        counts = plan.ffn_neurons(self._sizes[0])
+        neurons = tuple(min(size for size in self._sizes if size >= count) for count in counts)
+        passed = zip(plan.windows, plan.visual_attends, strict=True)
+        widest = max((window or math.inf for window, on in passed if on), default=math.inf)
+        windows = [window for window in WINDOWS if window is not None and window >= widest]
+        return self._living(Point(reads, plan.visual_attends, neurons, min(windows, default=None)))
 
     def share(self, point: Point) -> float:
         """Its visual FLOPs relative to the dense model's."""
