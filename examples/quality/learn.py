@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from network import GRID, Reader, Tower, TowerClassifier
-from pictures import LEARNED, Task, draw_turns, tokens
+from pictures import LEARNED, SHOWN, Task, draw_turns, tokens
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
@@ -143,6 +143,32 @@ def features(tower: Tower, task: Task, path: Path) -> Tensor:
         parts = [pool(tower(part)).half() for part in tqdm(task.pixels.split(100), path.stem)]
         save(torch.cat(parts), path)
     return torch.load(path, weights_only=True, mmap=True)
+
+
+def align(model: Reader, tasks: list[tuple[Task, Tensor]], steps: int, batch: int = 32) -> None:
+    """LLaVA's first stage, in seconds: the projector learns to make of each visual token the
+    embeddings of the words for what it shows. What the model says begins as these embeddings."""
+    words = model.llama.get_input_embeddings().weight.detach()
+    tables = [torch.zeros(len(shown), words.shape[1]) for shown in SHOWN]
+    for table, shown in zip(tables, SHOWN, strict=True):
+        table[1:] = words[[tokens(word)[0] for word in shown[1:]]]
+    generator = torch.Generator().manual_seed(1)
+    layers = model.projector.layers
+    optimizer = torch.optim.AdamW(layers.parameters(), 3e-3)
+    torch.set_num_threads(1)
+    for _ in trange(steps, desc="projector"):
+        loss = torch.zeros(())
+        for task, stored in tasks:
+            rows = torch.randint(len(stored), (batch,), generator=generator)
+            patches = task.classes[rows].clamp(min=0).unflatten(2, (12, 12)).float()
+            classes = F.adaptive_max_pool2d(patches, GRID).long().flatten(2)
+            told = sum(table[shown] for table, shown in zip(tables, classes.unbind(1), strict=True))
+            loss = loss + F.mse_loss(layers(stored[rows].float()), told)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        model.llama.lm_head.weight.copy_(0.2 * words)
 
 
 def sequence(turns: list[tuple[str, str, str]]) -> tuple[list[int], list[int]]:

@@ -27,6 +27,8 @@ TRAIN_DIGITS = 1200  # of load_digits' 1,797; the others are seen in test pictur
 KINDS = ("position", "count", "beside", "row")
 LEARNED = KINDS[:2]  # those that the dense reader learned well enough to study pruning on
 ASKED = 2  # questions of each kind about a test picture
+# The word for each of Task.classes, by channel; none for background.
+SHOWN = (("", *map(str, range(10)), *easy.SHAPES), ("", *easy.COLOURS))
 
 
 @dataclass

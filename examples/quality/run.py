@@ -46,7 +46,7 @@ TRAIN_PICTURES, TEST_PICTURES = 8000, 1000  # of digits
 EASY_COPIES = 1
 LEAST = 100  # pictures of each kind in a trial
 ASKED = 12  # questions in one, where the study has its SAMPLES and HELD_OUT
-STEPS = {"tower": 600, "dense": 1800, "tuned": 120}
+STEPS = {"tower": 600, "projector": 300, "dense": 1800, "tuned": 120}
 BATCH, RATE, TUNED_RATE = 32, 1.5e-3, 5e-4
 
 
@@ -93,6 +93,7 @@ class Study:
         del tower
         reader = Reader()
         reader.start_well()
+        learn.align(reader, self.train_data, self.steps("projector"))
         steps, dense = self.steps("dense"), self.work / "dense.pt"
         learn.train_reader(
             reader,
@@ -102,7 +103,6 @@ class Study:
             BATCH,
             RATE,
             seed=5,
-            kinds=pictures.KINDS,
             readings=0.3,
         )
         classifier = TowerClassifier()
