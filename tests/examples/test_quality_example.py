@@ -24,11 +24,12 @@ FOLDER = Path(__file__).resolve().parents[2] / "examples/quality"
 sys.path.insert(0, str(FOLDER))
 
 import answers  # noqa: E402
+import learn  # noqa: E402
 import pictures  # noqa: E402
 import report  # noqa: E402
 import rivals  # noqa: E402
 import variants  # noqa: E402
-from network import GRID, VISUAL, Reader  # noqa: E402
+from network import CLASSES, GRID, VISUAL, Reader  # noqa: E402
 
 from yopo import PruningPlan, apply  # noqa: E402
 from yopo.counting import flops  # noqa: E402
@@ -86,6 +87,22 @@ def test_pictures_show_their_digits_where_the_labels_say(digits: pictures.Task) 
     assert torch.equal(digits.grids, pictures.digits_task("test", 6).grids)
     shown = digits.classes[:, 0].view(-1, 12, 12)
     assert torch.equal(shown[:, 1::3, 1::3] - 1, digits.grids)
+
+
+def test_aligned_visual_tokens_say_the_digit_they_show(digits: pictures.Task) -> None:
+    assert tuple(map(len, pictures.SHOWN)) == CLASSES
+    torch.manual_seed(0)
+    reader = Reader(hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    reader.start_well()
+    shown = digits.classes[:, 0].unflatten(1, (12, 12))[:, 1::3, 1::3]  # one patch of each cell
+    seen = torch.nn.functional.one_hot(shown, 96).float().repeat_interleave(2, 1)
+    features = seen.repeat_interleave(2, 2).flatten(1, 2)  # (6, 64, 96), as of 8 x 8 tokens
+    learn.align(reader, [(digits, features)], steps=200, batch=6)
+    words = reader.llama.get_input_embeddings().weight
+    made = reader.projector.layers(features)[:, :: 2 * 8 + 2]  # the first token of the diagonal
+    nearest = torch.cdist(made, words[[pictures.tokens(str(digit))[0] for digit in range(10)]])
+    assert torch.equal(nearest.argmin(-1), torch.stack([grid.diagonal() for grid in digits.grids]))
+    assert torch.equal(reader.llama.lm_head.weight, 0.2 * words)
 
 
 def test_no_test_digit_is_a_training_digit(monkeypatch: pytest.MonkeyPatch) -> None:
