@@ -123,7 +123,7 @@ class SearchConfig(CalibrationConfig):
     """
 
     budget: float
-    evaluations: int = 160
+    evaluations: int = 100
 
     def __post_init__(self, called: Called) -> None:
         super().__post_init__(called)

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--window", type=int, help="neighbours that visual tokens see (5); 0: all")
     search = parser.add_argument_group("or the best one found for a budget")
     search.add_argument("--budget", type=float, help="share of the visual FLOPs, such as 0.25")
-    search.add_argument("--evaluations", type=int, default=160, help="most plans tried (160)")
+    search.add_argument("--evaluations", type=int, default=100, help="most plans tried (100)")
     both = parser.add_argument_group("with either")
     both.add_argument("--mass", default="sink", metavar="HEAD[/CUT]", help="(sink)")
     both.add_argument(
