@@ -111,7 +111,9 @@ def targets(made: list[Row]) -> str:
         got = found.get(("search", budget, "drop", tuned))
         if got is not None:
             how = "fine-tuned" if tuned else "not fine-tuned"
-            add(f"search, {budget} %, {how}: {least} or more", got >= least, f"{got:.1f}")
+            sink = found.get(("search", budget, "sink", tuned))
+            told = f"{got:.1f}" if sink is None else f"{got:.1f}, under sink {sink:.1f}"
+            add(f"search, {budget} %, {how}: {least} or more", got >= least, told)
     for (rule, budget, mass, tuned), ours in found.items():
         others = [
             (digits, name)
