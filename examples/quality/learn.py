@@ -7,7 +7,6 @@ where it was stopped. What is trained when, and for how long, is run.py's.
 import random
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from network import GRID, Reader, Tower, TowerClassifier
-from pictures import LEARNED, SHOWN, Task, draw_turns, tokens
+from pictures import SHOWN, Task, draw_turns, tokens
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
@@ -195,12 +194,10 @@ def train_reader(
     rate: float,
     seed: int,
     warm: float = 0.05,
-    kinds: Sequence[str] = LEARNED,
     readings: float = 0.0,
 ) -> None:
     """Trains the model as it stands (dense or under a plan) on all tasks alike; leaves `path`.
 
-    kinds: of the questions about digits.
     readings: for this share of the steps it also reads READINGS lines of digits off each picture.
     """
     if path.exists():
@@ -236,7 +233,7 @@ def train_reader(
             for task, stored in tasks:
                 # One task a part: their sequences are of different lengths.
                 rows = torch.randint(len(stored), (batch // len(tasks),), generator=generator)
-                turns = [draw_turns(task, row, TURNS, dice, kinds, more) for row in rows.tolist()]
+                turns = [draw_turns(task, row, TURNS, dice, readings=more) for row in rows.tolist()]
                 made = [sequence(about) for about in turns]
                 ids, labels = pad([m[0] for m in made]), pad([m[1] for m in made], -100)
                 parts.append((stored[rows], ids, labels))

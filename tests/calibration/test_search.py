@@ -27,6 +27,8 @@ from yopo.errors import CannotGoOn
 from yopo.plan.pruning_plan import PruningPlan
 
 SHAPE = Shape(layers=4, heads=4, kv_heads=4, intermediate=48)
+# No search of a plain coordinate kind would come by this mask.
+ODD = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0], [1, 0, 1, 1], [0, 0, 1, 0]])
 
 
 @pytest.fixture(scope="module")
@@ -192,9 +194,7 @@ class count_forwards:
 def test_plans_to_start_from_are_tried_and_never_lost_to(
     model: Any, statistics: Any, known: Any
 ) -> None:
-    # No search of a plain coordinate kind would come by this mask.
-    keep = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0], [1, 0, 1, 1], [0, 0, 1, 0]])
-    start = PruningPlan(keep, window=3, layer_cut=3, ffn_ratio=4)
+    start = PruningPlan(ODD, window=3, layer_cut=3, ffn_ratio=4)
     found = found_for(model, statistics, known, 0.3, start=[start], mass="drop", evaluations=7)
     given = found.evaluations[1]
     assert given.why == "given" and torch.equal(given.plan.head_keep, start.head_keep)
@@ -206,8 +206,7 @@ def test_plans_to_start_from_are_tried_and_never_lost_to(
 def test_a_plan_beyond_the_budget_is_pruned_further_in_the_dense_model_s_place(
     model: Any, statistics: Any, known: Any
 ) -> None:
-    keep = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0], [1, 0, 1, 1], [0, 0, 1, 0]])
-    start = PruningPlan(keep, window=3, layer_cut=3, ffn_ratio=4)
+    start = PruningPlan(ODD, window=3, layer_cut=3, ffn_ratio=4)
     found = found_for(model, statistics, known, 0.1, start=[start], mass="drop", evaluations=30)
     assert found.chosen.visual_flops <= 0.1 < visual_flops(start, known) / visual_flops(None, known)
     dense = visual_flops(None, known)
@@ -223,8 +222,7 @@ def test_the_point_of_a_plan_prunes_what_it_does(statistics: Any, known: Any, mo
     for _ in range(12):  # every point that a descent comes by is its plan's
         assert maker.point(maker.plan(point)) == point
         point = list(maker.removals(point))[-1][1]
-    keep = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0], [1, 0, 1, 1], [0, 0, 1, 0]])
-    plan = PruningPlan(keep, window=4 + 3, layer_cut=3, ffn_ratio=3, cut_mass="drop")
+    plan = PruningPlan(ODD, window=7, layer_cut=3, ffn_ratio=3, cut_mass="drop")
     point = maker.point(plan)
     assert point.reads == ((0, 3), (1,), (0, 2, 3), ())
     assert point.window == 9 and point.neurons == (24, 24, 0, 0)

@@ -53,9 +53,10 @@ class Sinks:
     def __post_init__(self) -> None:
         a = as_numbers("sinks.a", self.a, 2)
         object.__setattr__(self, "a", a)
-        if bool((a.abs() > MOST).any()):
-            at = tuple((a.abs() > MOST).nonzero()[0].tolist())
-            raise ValueError(f"sinks.a{list(at)} is {float(a[at]):g}; allowed: -1e4 to 1e4")
+        beyond = (a.abs() > MOST).nonzero().tolist()
+        if beyond:
+            at = beyond[0]
+            raise ValueError(f"sinks.a{at} is {float(a[tuple(at)]):g}; allowed: -1e4 to 1e4")
         if self.b is not None:
             b = as_numbers("sinks.b", self.b, 3)
             if b.shape[:2] != a.shape or b.shape[2] == 0:
