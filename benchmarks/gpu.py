@@ -16,6 +16,7 @@ import datetime
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from gpu_steps import fast, right, scaling, why
+from gpu_steps.arms import STOCK
 from gpu_steps.clock import Clock
 from gpu_steps.journal import Journal, words
 from gpu_steps.scale import DTYPE, FULL, SMALL, Scale
@@ -58,9 +60,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu with --small")
     parser.add_argument("--small", action="store_true", help="tiny models, to rehearse the run")
     parser.add_argument("--minutes", type=float, default=6, help="that all of it may take")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="only these")
+    parser.add_argument("--raced", nargs="+", choices=fast.SHARES, help="models; 7b and 13b")
+    parser.add_argument("--batches", nargs="+", type=int, help="batch sizes of races; 1 8 32")
+    parser.add_argument("--arms", nargs="+", help="only these beside stock; names of the table")
     args = parser.parse_args(argv)
     device = _device(parser, args.device, args.small)
     scale = SMALL if args.small else FULL
+    scale = replace(
+        scale,
+        raced=None if args.raced is None else tuple(args.raced),
+        batches=tuple(args.batches or scale.batches),
+        arms=None if args.arms is None else (STOCK.name, *args.arms),
+    )
+    steps = {name: step for name, step in STEPS.items() if name in args.steps}
     journal = Journal(
         args.out,
         device=machine(device, DTYPE),
@@ -68,12 +81,12 @@ def main(argv: list[str] | None = None) -> int:
         size="small: a rehearsal, its times mean nothing" if args.small else "full",
     )
     seconds = max(0.0, 60 * args.minutes - RESERVE)
-    shares = {name: step.shares(scale) for name, step in STEPS.items()}
+    shares = {name: step.shares(scale) for name, step in steps.items()}
     clock = Clock(
         seconds, {part: share for step in shares.values() for part, share in step.items()}
     )
     session = Session(device, scale, journal, clock)
-    for name, step in STEPS.items():
+    for name, step in steps.items():
         try:
             step.run(session)
         except Exception as error:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from yopo.calibration.config import RuleConfig, SearchConfig
     from yopo.calibration.sink_fit import SinkFit, fit_sinks
     from yopo.models.attach import applied, apply, remove
+    from yopo.models.fusing import fuse, unfuse
+    from yopo.models.graphs import graphed
     from yopo.models.parts import plan_of
     from yopo.plan import recipes
     from yopo.plan.pruning_plan import PruningPlan
@@ -31,9 +33,12 @@ __all__ = [
     "apply",
     "calibrate",
     "fit_sinks",
+    "fuse",
+    "graphed",
     "plan_of",
     "recipes",
     "remove",
+    "unfuse",
 ]
 
 _HOME = {
@@ -46,8 +51,11 @@ _HOME = {
     "apply": ".models.attach",
     "calibrate": ".calibration.calibrate",
     "fit_sinks": ".calibration.sink_fit",
+    "fuse": ".models.fusing",
+    "graphed": ".models.graphs",
     "plan_of": ".models.parts",
     "remove": ".models.attach",
+    "unfuse": ".models.fusing",
 }
 _MODULES = {"families": "yopo.models.families", "recipes": "yopo.plan.recipes"}
 

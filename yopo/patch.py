@@ -3,9 +3,10 @@
 
 No name in transformers is replaced but AutoTokenizer's loader on 5.x, see llava_tokenizer.py: each
 model is asked in `post_init`, and once more at the end of `from_pretrained`, for those that do not
-come by it. So it does not matter whether LLaVA, or what else derives from transformers' classes,
-was imported before or after, and a model without a plan stays what it is. How plans go with
-adapters, once peft is imported, is peft_adapters.py's, and with saved configs saved_sinks.py's.
+come by it. `from_pretrained(…, fuse=False)`, or YOPO_FUSE=0, keeps the weights of a model with a
+plan live (fusing.py). So it does not matter whether LLaVA, or what else derives from transformers'
+classes, was imported before or after, and a model without a plan stays what it is. How plans go
+adapters, once peft is imported, is in peft_adapters.py, with saved configs in saved_sinks.py.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def enable() -> None:
     require_transformers()
     # After the version check: these cannot even be imported on a foreign transformers.
     from yopo.models.attach import apply
-    from yopo.models.building import prune_loaded
+    from yopo.models.building import fuse_loaded, prune_loaded
     from yopo.models.peft_adapters import accompany_adapters
     from yopo.models.saved_sinks import accompany_configs
     from yopo.plan.sinks import looked_for
@@ -52,10 +53,13 @@ def enable() -> None:
 
     @functools.wraps(stock["from_pretrained"].__func__)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        fuse = kwargs.pop("fuse", None) if _stock else None
         with looked_for(kwargs):
             loaded = stock["from_pretrained"].__get__(None, cls)(*args, **kwargs)
             if _stock:
-                prune_loaded(loaded[0] if isinstance(loaded, tuple) else loaded)
+                model = loaded[0] if isinstance(loaded, tuple) else loaded
+                prune_loaded(model)
+                fuse_loaded(model, fuse)
         return loaded
 
     _stock.update(stock)

@@ -154,7 +154,12 @@ def rope(model: nn.Module, x: Tensor, position_ids: Tensor, length: int) -> tupl
 
 def takes_any_position(model: nn.Module) -> bool:
     """Whether an unpruned model takes position_ids beyond the length of its row: from 4.38 on."""
-    return "position_ids" in inspect.signature(_rotary_of(model).forward).parameters
+    return _takes_position_ids(type(_rotary_of(model)))
+
+
+@cache
+def _takes_position_ids(rotary: type) -> bool:
+    return "position_ids" in inspect.signature(rotary.forward).parameters
 
 
 def _rotary_of(model: nn.Module) -> Any:

@@ -62,14 +62,19 @@ STOCK, STOCK_COMPILED = Arm(), Arm(way=COMPILED)
 # Raced with every model and batch, the most telling first.
 MAIN = (
     STOCK,
-    *(Arm(plan, mass) for mass in ("drop", "exact", "sink", "exact/drop") for plan in PLANS),
-    *(Arm(plan, "sink", way) for way in (FUSED, GRAPHED) for plan in PLANS),
+    *(Arm("12", "sink", way) for way in (GRAPHED, FUSED)),
+    *(Arm("25", mass, FUSED) for mass in ("drop", "exact")),
+    *(Arm("25", mass) for mass in ("drop", "exact")),
+    *(Arm("25", "sink", way) for way in (GRAPHED, FUSED)),
+    *(Arm("12", mass) for mass in ("drop", "exact")),
+    *(Arm(plan, mass) for mass in ("sink", "exact/drop") for plan in PLANS),
 )
 ALL = (  # with the first only
     *MAIN,
-    *(Arm(plan, "drop", way) for way in (FUSED, GRAPHED) for plan in PLANS),
+    *(Arm(plan, "drop", GRAPHED) for plan in PLANS),
+    Arm("12", "drop", FUSED),
 )
-FEW = (STOCK, Arm("25", "drop"), Arm("25", "exact"), Arm("12", "sink", FUSED))
+FEW = (STOCK, Arm("12", "sink", FUSED), Arm("25", "drop"), Arm("25", "exact"))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ def races(scale: Scale) -> list[Race]:
     def arms(model: str, batch: int) -> tuple[Arm, ...]:
         return ALL if (model, batch) == ("7b", scale.batches[0]) else MAIN
 
-    return [Race("fast", m, b, 1, arms(m, b)) for m in SHARES for b in scale.batches]
+    return [Race("fast", m, b, 1, arms(m, b)) for m in scale.raced or SHARES for b in scale.batches]
 
 
 def shares(scale: Scale) -> dict[str, float]:

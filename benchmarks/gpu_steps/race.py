@@ -108,7 +108,10 @@ def run(session: Session, race: Race) -> None:
         journal.add(race.step, race.name, FAILED, **_about(race), error=words(error))
         return
     runners = []
+    chosen = session.scale.arms
     for arm in race.arms:
+        if chosen is not None and arm.name not in chosen:
+            continue
         if why := arm.absent(track.shape):
             journal.add(race.step, arm.name, ABSENT, **_about(race), arm=arm.name, note=why)
         else:

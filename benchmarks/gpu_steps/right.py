@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 import yopo
-from gpu_steps.arms import FUSED, NEEDED
+from gpu_steps.arms import FUSED, GRAPHED, NEEDED
 from gpu_steps.clock import Deadline
 from gpu_steps.journal import TIME_IS_UP
 from gpu_steps.scale import Scale
@@ -57,6 +58,7 @@ def _checks(session: Session, deadline: Deadline) -> list[tuple[str, Callable[[]
     return [
         *goldens,
         ("live = fused", partial(live_is_fused, device)),
+        ("live = graphed", partial(live_is_graphed, device)),
         (f"generate {GENERATED} tokens", partial(generates, device)),
         *(
             (f"no synchronisation in the layers, {mass}", partial(no_synchronisation, mass, device))
@@ -207,6 +209,25 @@ def live_is_fused(device: torch.device) -> Row:
         yopo.fuse(model)
         apart.append(_apart(_logits(model, case, device), live))
         yopo.unfuse(model)
+    return judged(_worst(apart), FLOAT32)
+
+
+@torch.no_grad()
+def live_is_graphed(device: torch.device) -> Row:
+    """The same with captured steps; on a CPU they run uncaptured."""
+    from layouts import SHAPE, a_plan, make_case, random_sinks
+
+    if not hasattr(yopo, NEEDED[GRAPHED]):
+        return {"status": ABSENT, "note": f"there is no yopo.{NEEDED[GRAPHED]}"}
+    shape = replace(SHAPE, kv_heads=SHAPE.heads)
+    rows = [("text", 3), ("image", 2, 3, False), ("text", 2)]
+    case, apart = make_case([rows] * 2, shape.heads * 8), []
+    for mass in ("drop", "sink"):
+        plan = a_plan(sinks=random_sinks(shape, 3, True)).with_mass(mass)
+        model = _model(shape, plan, torch.float32, device)
+        live = _logits(model, case, device)
+        yopo.graphed(model)
+        apart += [_apart(_logits(model, case, device), live) for _ in range(2)]
     return judged(_worst(apart), FLOAT32)
 
 

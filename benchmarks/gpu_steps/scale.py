@@ -13,9 +13,10 @@ DTYPE = torch.bfloat16  # of all that is timed
 
 @dataclass(frozen=True)
 class Scale:
-    """models: by name. text_tokens: of a prompt. layouts: random ones, for each precision. rounds:
-    of prefills. steps: of decoding. side: of the square product whose rate is measured. copied:
-    bytes. compiler: of torch.compile.
+    """models: by name; raced: those of the second step; None: all. text_tokens: of a prompt.
+    layouts: random ones, for each precision. rounds: of prefills. steps: of decoding. side: of the
+    square product whose rate is measured. copied: bytes. compiler: of torch.compile. arms: names;
+    None: all.
     """
 
     models: dict[str, Shape]
@@ -28,6 +29,8 @@ class Scale:
     side: int
     copied: int
     compiler: str
+    raced: tuple[str, ...] | None = None
+    arms: tuple[str, ...] | None = None
 
 
 FULL = Scale(

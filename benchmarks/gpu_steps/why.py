@@ -18,7 +18,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from gpu_steps.arms import FUSED, STOCK, Arm
+from gpu_steps.arms import FUSED, GRAPHED, STOCK, Arm
 from gpu_steps.journal import TIME_IS_UP
 from gpu_steps.marks import seconds
 from gpu_steps.race import Race, Track
@@ -27,7 +27,13 @@ from gpu_steps.session import Session
 from gpu_steps.tables import ABSENT, SKIPPED
 
 SHARE = 20.0
-ARMS = (STOCK, Arm("25", "drop"), Arm("25", "exact"), Arm("25", "drop", FUSED))
+ARMS = (
+    STOCK,
+    Arm("25", "drop"),
+    Arm("25", "drop", FUSED),
+    Arm("12", "sink", GRAPHED),
+    Arm("25", "exact"),
+)
 WARM = 3  # calls before the one that is watched
 SHOWN = 8  # kernels told by name
 TRACES = "traces.zip"

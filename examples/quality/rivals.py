@@ -15,8 +15,8 @@ from answers import Batch, Guess
 from network import GRID, VISUAL, Reader
 from torch import Tensor
 
+from yopo.bench.simulation import rotate
 from yopo.counting import flops
-from yopo.engine.layer import rotate
 from yopo.versions import rope
 
 Choose = Callable[[Tensor], Tensor]  # (q, 64) attention of the last token → (q, 64) scores

@@ -62,6 +62,11 @@ def test_last_line_is_json_with_every_arm(
     assert (tmp_path / "results.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_ours_by_live_weights_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(capsys, "--arms", "live")
+    assert result["prefill_median_s"].keys() == {"stock SDPA", "yopo, live", "yopo"}
+
+
 @pytest.mark.parametrize(("plan", "fraction"), [("25", 0.25), ("12", 0.125)])
 def test_visual_keys_and_values_kept_are_those_of_the_plan(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, plan: str, fraction: float

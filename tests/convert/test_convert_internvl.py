@@ -145,7 +145,8 @@ def test_a_plan_comes_along(tmp_path: Path) -> None:
     unpruned = applied(input_ids=ids, pixel_values=pixels).logits
     yopo.apply(applied, plan)
     got = model(input_ids=ids, pixel_values=pixels).logits
-    assert torch.equal(got, applied(input_ids=ids, pixel_values=pixels).logits)
+    expected = applied(input_ids=ids, pixel_values=pixels).logits
+    assert torch.allclose(got, expected, atol=1e-5)  # by fused weights, and by live ones
     assert not torch.allclose(got, unpruned, atol=1e-2)
 
 

@@ -43,8 +43,7 @@ def test_kv_bytes_are_those_of_the_cache_that_a_run_fills(data: st.DataObject) -
     counted = kv_bytes(sizes, plan, text.width, visual.width, batch, itemsize=4)
     assert sum(layer.filled for layer in counted) == cache.nbytes()
     assert sum(layer.visual for layer in counted) == cache.nbytes(visual_only=True)
-    buffers = [t for pair in cache.stores for s in pair for t in (s._keys, s._values)]
-    allocated = sum(t.numel() * 4 for t in buffers if t is not None)
+    allocated = sum(store.allocated() for pair in cache.stores for store in pair)
     assert sum(layer.filled + layer.room for layer in counted) == allocated
     mask = torch.cat([case.valid, torch.ones(batch, 1, dtype=torch.bool)], 1).long()
     with torch.no_grad():

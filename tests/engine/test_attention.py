@@ -52,5 +52,5 @@ def test_text_is_called_causal_only_where_it_is(valid: list[list[int]], causal: 
     packing = Packing.build(alive, 0)
     plan = PruningPlan(torch.ones(1, 1))
     cache = VisualCache.adopt(None, plan, len(valid), alive[:, :0], [])
-    cache.text_order, cache.visual_order = packing.order, packing.order[:, :0]
+    cache._orders = [(packing.order, packing.order[:, :0])]
     assert TextSight.build(packing, cache, alive).causal == causal

@@ -61,7 +61,7 @@ def test_a_later_chunk_goes_on_with_the_image_it_cuts() -> None:
     whole = VisualLayout.from_mask(mask("tvvvvvvtv"), [[(2, 3), (1, 1)]])
     first = VisualLayout.from_mask(mask("tvvvv"), [[(2, 3)]])
     later = VisualLayout.from_mask(mask("vvtv"), None, first)
-    joined = first.then(later)
+    joined = VisualLayout.joined([first, later])
     assert joined.grids == whole.grids
     for name in ("visual", "image", "row", "col"):
         assert torch.equal(getattr(joined, name), getattr(whole, name)), name

@@ -45,7 +45,7 @@ def test_prefill_and_decode_run_without_content(
     batch, n = case.visual.shape
     here = VisualLayout.from_mask(case.visual, case.all_grids)
     valid = case.attention_mask.bool()
-    cache = VisualCache.adopt(None, plan, batch, valid[:, :0], plans.kv_heads())
+    cache = VisualCache.adopt(None, plan, batch, valid[:, :0], plans.stored)
     for columns, layout in ((n, here), (1, VisualLayout.empty(batch, 1).after(here))):
         embeds = torch.empty(batch, columns, model.config.hidden_size, device=meta)
         angles = torch.empty(batch, columns, plans.head_dim, device=meta)

@@ -15,7 +15,6 @@ from oracle import oracle_forward, oracle_greedy
 from torch import Tensor, nn
 
 from yopo import apply
-from yopo.engine.layer_plan import SinkWeights
 from yopo.engine.text_attention import NO_SINK, attend
 from yopo.plan.pruning_plan import PruningPlan
 
@@ -195,10 +194,8 @@ def test_beams_carry_their_images() -> None:
 def trained(model: Any, plan: PruningPlan) -> tuple[Any, list[nn.Parameter]]:
     """The plan as the oracle reads it, and its sinks as parameters, the engine's too."""
     a, b = (nn.Parameter(x.double()) for x in (plan.sinks.a, plan.sinks.b))
-    plans = model.model._yopo_layer_plans.plans
-    for index, layer in enumerate(plans):
-        weights = SinkWeights(a[index][:, None, None], b[index][:, :, None])
-        plans[index] = replace(layer, sink=weights if layer.sink is not None else None)
+    plans = model.model._yopo_layer_plans
+    plans.plans[:] = plans.with_sinks(a, b).plans
     names = [n for n in dir(plan) if not n.startswith("_") and n != "sinks"]
     values = {name: getattr(plan, name) for name in names}
     return SimpleNamespace(**values, sinks=SimpleNamespace(a=a, b=b, tokens=plan.sinks.tokens)), [

@@ -68,6 +68,11 @@ def logits(model: Any, kind: Kind) -> Tensor:
     return run(model, batch.inputs(model)).logits
 
 
+def near(fused: Tensor, live: Tensor) -> bool:
+    """A model that was loaded goes by fused weights, one in hand by live ones: to rounding."""
+    return torch.allclose(fused, live, atol=1e-5, rtol=1e-5)
+
+
 # -------------------------------------------------------------------------------- apply, remove
 
 
@@ -201,18 +206,18 @@ def test_a_saved_plan_comes_back(kind: Kind, patch: Any, tmp_path: Path) -> None
     assert torch.equal(logits(cls.from_pretrained(tmp_path / "first").eval(), kind), dense)
     patch.enable()
     loaded = cls.from_pretrained(tmp_path / "first").eval()
-    assert yopo.plan_of(loaded) == plan and torch.equal(logits(loaded, kind), pruned)
+    assert yopo.plan_of(loaded) == plan and near(logits(loaded, kind), pruned)
     loaded.save_pretrained(tmp_path / "second")
     again = cls.from_pretrained(tmp_path / "second").eval()
-    assert yopo.plan_of(again) == plan and torch.equal(logits(again, kind), pruned)
+    assert yopo.plan_of(again) == plan and near(logits(again, kind), pruned)
     for name in ("AutoModelForImageTextToText", "AutoModelForVision2Seq"):
         if hasattr(transformers, name):
             auto = getattr(transformers, name).from_pretrained(tmp_path / "first").eval()
-            assert torch.equal(logits(auto, kind), pruned)
+            assert near(logits(auto, kind), pruned)
             break
     yopo.apply(again, a_plan())
     yopo.remove(again)
-    assert yopo.plan_of(again) == plan and torch.equal(logits(again, kind), pruned)
+    assert yopo.plan_of(again) == plan and near(logits(again, kind), pruned)
     yopo.remove(again)
     assert yopo.plan_of(again) is None and PruningPlan.from_config(again.config) is None
     assert torch.equal(logits(again, kind), dense)
@@ -227,7 +232,7 @@ def test_loading_with_a_device_map(kind: Kind, patch: Any, tmp_path: Path) -> No
     cls = getattr(transformers, kind.cls)
     loaded = cls.from_pretrained(tmp_path, device_map={"": "cpu"}).eval()
     assert yopo.plan_of(loaded) == a_plan()
-    assert torch.equal(logits(loaded, kind), logits(model, kind))
+    assert near(logits(loaded, kind), logits(model, kind))
     accelerate.cpu_offload(loaded, execution_device="cpu")
     assert torch.allclose(logits(loaded, kind), logits(model, kind), atol=1e-5)
     half = cls.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).eval()
@@ -246,7 +251,7 @@ def test_a_plan_in_the_text_config_is_found(kind: Kind, patch: Any, tmp_path: Pa
     (tmp_path / "config.json").write_text(json.dumps(settings))
     loaded = getattr(transformers, kind.cls).from_pretrained(tmp_path).eval()
     assert yopo.plan_of(loaded) == a_plan()
-    assert torch.equal(logits(loaded, kind), logits(yopo.apply(build(kind), a_plan()), kind))
+    assert near(logits(loaded, kind), logits(yopo.apply(build(kind), a_plan()), kind))
     yopo.remove(loaded)
     assert PruningPlan.from_config(loaded.config) is None
 

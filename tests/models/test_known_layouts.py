@@ -206,7 +206,7 @@ def test_chunks_go_on_from_what_is_cached() -> None:
             assert torch.equal(getattr(found, name), getattr(expected, name)), name
         begun = [int(row.max()) + 1 for row in layout.image[:, :stop]]
         assert found.grids == tuple(g[:k] for g, k in zip(layout.grids, begun, strict=True))
-        cached = cached.then(found)
+        cached = VisualLayout.joined([cached, found])
 
 
 def test_another_prompt_after_a_cached_one_is_numbered_after_it() -> None:

@@ -457,9 +457,12 @@ def test_a_logits_processor_runs_other_prompts_by_embeddings(model: Any) -> None
 def test_in_every_mode(model: Any, mode: Any) -> None:
     with torch.no_grad():
         expected = reference(model)
-    with mode():
-        assert torch.equal(model(inputs_embeds=by_hand(model).clone()).logits, expected)
-        assert torch.equal(model(IDS, images=pixels(1)).logits, expected)
+    with mode():  # with gradients by live weights, else by fused ones
+        for found in (
+            model(inputs_embeds=by_hand(model).clone()).logits,
+            model(IDS, images=pixels(1)).logits,
+        ):
+            assert torch.allclose(found, expected, atol=1e-5)
 
 
 @torch.no_grad()

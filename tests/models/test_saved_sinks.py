@@ -65,7 +65,8 @@ def test_a_saved_model_comes_back_with_its_sinks(tmp_path: Path, shard: str) -> 
     assert yopo.plan_of(again) == sink_plan()
     given = left_padded().kwargs()
     with torch.no_grad():
-        assert torch.equal(again(**given).logits, model(**given).logits)
+        fused, live = again(**given).logits, model(**given).logits
+        assert torch.allclose(fused, live, atol=1e-5)
     # And on: what was loaded saves them, too, whatever became of the folder.
     (tmp_path / FILE).unlink()
     again.save_pretrained(tmp_path / "second")

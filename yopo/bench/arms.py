@@ -15,10 +15,12 @@ import torch
 from yopo.bench.random_model import Case
 from yopo.bench.simulation import can_simulate, simulate
 from yopo.models import attach
+from yopo.models.fusing import can_fuse, fuse
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import CACHE_FIELD, attention_is_switchable
 
 ARMS = ("sdpa", "eager", "masked", "drop", "yopo")
+CHOICES = (*ARMS, "live")  # live: ours by live weights, where it is asked for
 ALWAYS = ("sdpa", "yopo")
 
 
@@ -63,6 +65,9 @@ def arms_of(names: Collection[str], model: Any, plan: PruningPlan | None, case: 
     if plan is not None and "sink" in (plan.head_mass, plan.cut_mass):
         bare = partial(_as_ours, model, plan.with_mass("drop"), case)
         arms["drop"] = Arm("yopo, drop", prefill, decode, bare)
+    if plan is not None and can_fuse():
+        live = partial(_as_ours, model, plan, case, fused=False)
+        arms["live"] = Arm("yopo, live", prefill, decode, live)
     arms["yopo"] = Arm("yopo", prefill, decode, partial(_as_ours, model, plan, case))
     return [arm for name, arm in arms.items() if name in {*names, *ALWAYS}]
 
@@ -100,10 +105,12 @@ def _as_stock(model: Any, implementation: str) -> None:
     model.config._attn_implementation = implementation
 
 
-def _as_ours(model: Any, plan: PruningPlan | None, case: Case) -> None:
+def _as_ours(model: Any, plan: PruningPlan | None, case: Case, fused: bool = True) -> None:
     """Without a plan ours is stock, as a model of a config without one is under the patch."""
     _as_stock(model, "sdpa")
     if plan is not None:
         attach.apply(model, plan)
         for index in range(len(model.model.layers)):  # as after the first image ever
             model.model._yopo_layer_plans.on(index, case.embeds.device)
+        if fused and can_fuse():
+            fuse(model)

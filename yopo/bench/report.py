@@ -23,6 +23,32 @@ from yopo.counting.flops import prefill_flops
 from yopo.plan.pruning_plan import PruningPlan
 
 
+def host_table(figures: list[dict[str, Any]]) -> str:
+    """Of host.host_figures."""
+    from tabulate import tabulate
+
+    heads = ["arm"]
+    for phase in ("prefill", "decode"):
+        heads += [f"{phase}, ms", "over stock", "operations a layer", "over stock "]
+    rows = [
+        [
+            row["arm"],
+            *(
+                f"{row[f'{phase}_{key}']:.{digits}f}"
+                for phase in ("prefill", "decode")
+                for key, digits in (
+                    ("ms", 2),
+                    ("over_stock", 2),
+                    ("operations", 1),
+                    ("operations_over_stock", 2),
+                )
+            ),
+        ]
+        for row in figures
+    ]
+    return tabulate(rows, heads, tablefmt="github", disable_numparse=True)
+
+
 def machine(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

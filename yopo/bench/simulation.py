@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from yopo.engine.layer import rotate
 from yopo.engine.layout import VisualLayout
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import rope
@@ -62,6 +61,12 @@ def simulate(model: Any, plan: PruningPlan, layout: VisualLayout, inputs_embeds:
         small = F.linear(small, mlp.down_proj.weight[:, :neurons])
         rows = rows + torch.where(visual[:, :, None], small, mlp(x))
     return model.norm(rows)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x (…, D) by angles that broadcast to it."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat([-second, first], dim=-1), sin)
 
 
 def can_simulate(plan: PruningPlan) -> bool:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from yopo.calibration.sample_statistics import Statistics, digest_of, fingerprint
 from yopo.engine import forward as engine
-from yopo.engine.layer import LayerCall, Shared, Stores
+from yopo.engine.layer import LayerCall, Shared, Stores, signed
 from yopo.engine.layer_plan import SEEN, LayerPlans
 from yopo.engine.layout import VisualLayout
 from yopo.engine.visual_cache import VisualCache
@@ -246,12 +246,13 @@ class _Watch:
         config = self._decoder.config
         plan = self._decoder.yopo_plan
         whole = LayerPlans.build(config, plan)
-        angles = [x[:n].transpose(0, 1) for x in (shared.cos, shared.sin)]
+        cos, sin = shared.text_angles
+        angles = cos.transpose(0, 1), signed(sin).transpose(0, 1)  # negated twice
         valid = torch.ones(1, n, dtype=torch.bool, device="cpu")
         how = engine.Run(call_layer, keep_cache=False)
         for cut in range(len(layers)):
             rest = replace(whole, plans=whole.plans[cut:], dropout=0.0)
-            cache = VisualCache.adopt(None, plan, 1, valid[:, :0], rest.kv_heads())
+            cache = VisualCache.adopt(None, plan, 1, valid[:, :0], rest.stored)
             index = engine.prepare(VisualLayout.empty(1, n), valid, cache, plan)
             text = self._text_rows[cut][None, :n]
             rows = engine.run(layers[cut:], rest, index, text, *angles, cache, how)

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from yopo.bench.arms import ARMS
+from yopo.bench.arms import ARMS, CHOICES
+from yopo.bench.host import host_figures, measure_host
 from yopo.bench.measure import Benchmark, check_memory, measure
-from yopo.bench.report import machine, result_of, save, table
+from yopo.bench.report import host_table, machine, result_of, save, table
 from yopo.commands.input_checks import check_masses
 from yopo.commands.setting_options import add_prompt_arguments, preset_setting, refuse_less
 from yopo.counting.presets import PRESETS
@@ -41,11 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     parser.add_argument("--arms", default=",".join(ARMS), help="which to run; sdpa and yopo always")
     parser.add_argument("--out", type=Path, help="folder for results.csv and results.png")
+    parser.add_argument(
+        "--host",
+        action="store_true",
+        help="the host's time instead, of a narrow 32-layer model under --plan 25 or 12; of the "
+        "other options only --device and --rounds have a say",
+    )
     parser.set_defaults(command=bench)
 
 
 def bench(args: argparse.Namespace) -> int:
     """Runs the benchmark. Raises BadInput before any heavy work where something is wrong."""
+    if args.host:
+        return _bench_host(args)
     benchmark = benchmark_of(args)
     _check_output(args.out)
     if args.threads is not None:
@@ -65,22 +74,46 @@ def bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_host(args: argparse.Namespace) -> int:
+    """Prints a table, and the figures as JSON."""
+    if args.plan not in ("25", "12"):
+        raise BadInput(f"--plan is {args.plan!r}; with --host: 25 or 12")
+    refuse_less(args, rounds=1)
+    _check_output(None)
+    device = _device(args.device, torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        arms = measure_host(args.plan, device, args.rounds)
+    finally:
+        torch.set_num_threads(threads)
+    figures = host_figures(arms)
+    print(host_table(figures))
+    print(json.dumps({"machine": machine(device, torch.float32), "host": figures}))
+    return 0
+
+
 def benchmark_of(args: argparse.Namespace) -> Benchmark:
     """What the options ask for, all checked. Raises BadInput."""
     setting = _setting(args)
     refuse_less(args, rounds=1, steps=0, threads=1)
     arms = tuple(args.arms.split(","))
-    if unknown := {*arms} - {*ARMS}:
-        raise BadInput(f"--arms names {sorted(unknown)}; allowed: {', '.join(ARMS)}")
+    if unknown := {*arms} - {*CHOICES}:
+        raise BadInput(f"--arms names {sorted(unknown)}; allowed: {', '.join(CHOICES)}")
+    device = _device(args.device, getattr(torch, setting.dtype))
+    return Benchmark(setting, device, arms, args.steps, args.rounds)
+
+
+def _device(name: str, dtype: torch.dtype) -> torch.device:
     try:
-        device = torch.device(args.device)
+        device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
-            raise BadInput(f"--device is {args.device!r}; allowed: cpu, cuda, cuda:N")
-        torch.zeros(1, device=device, dtype=getattr(torch, setting.dtype))
+            raise BadInput(f"--device is {name!r}; allowed: cpu, cuda, cuda:N")
+        torch.zeros(1, device=device, dtype=dtype)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise BadInput(f"--device {args.device} cannot be used here: {reason}") from error
-    return Benchmark(setting, device, arms, args.steps, args.rounds)
+        raise BadInput(f"--device {name} cannot be used here: {reason}") from error
+    return device
 
 
 def _setting(args: argparse.Namespace) -> Setting:

@@ -127,8 +127,8 @@ def _layer(shape: Any, layer: LayerPlan, work: Work) -> LayerFlops:
     rows = work.visual_rows
     of_visual = work.visual[layer.window if len(work.visual) > 1 else 0]
     queries = visual_queries(layer, heads)
-    has_b = layer.sink is not None and layer.sink.b is not None
-    logits = work.text_rows * heads * vector if has_b else 0
+    sink = layer.sink
+    logits = 0 if sink is None or sink.b is None else work.text_rows * len(sink.b) * vector
     return LayerFlops(
         text_projections=work.text_rows * weight * 2 * (heads + shape.num_key_value_heads),
         text_attention=attention(layer.text, work.text) + logits,

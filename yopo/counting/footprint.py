@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from yopo.counting.flops import layer_plans_of, visual_neurons, visual_queries, visual_vectors
-from yopo.engine.visual_cache import GROWTH, SPARE
+from yopo.engine.head_store import GROWTH, SPARE
 from yopo.plan.pruning_plan import PruningPlan
 
 

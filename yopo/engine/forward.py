@@ -7,14 +7,15 @@ The arithmetic of a layer is in layer.py; no class of transformers is known here
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from yopo.engine.layer import LayerCall, Pass, Shared
+from yopo.engine.fused import FusedLayer
+from yopo.engine.layer import LayerCall, Pass, Shared, signed
 from yopo.engine.layer_plan import LayerPlans, windows
 from yopo.engine.layout import VisualLayout
 from yopo.engine.packing import Packing, to_device
@@ -31,17 +32,26 @@ OBSERVER: ContextVar[Callable[..., None] | None] = ContextVar("yopo_observer", d
 CallLayer = Callable[[nn.Module, Tensor, LayerCall], Tensor]
 
 
-def prepare(layout: VisualLayout, valid: Tensor, cache: VisualCache, plan: PruningPlan) -> Pass:
+def prepare(
+    layout: VisualLayout,
+    valid: Tensor,
+    cache: VisualCache,
+    plan: PruningPlan,
+    on_cpu: bool = True,
+    text_width: int | None = None,
+) -> Pass:
     """The index tensors and masks of a forward, on the CPU. `cache` gets the places of its tokens.
 
-    layout: of this forward's n columns. valid: (B, past + n) bool, False at padding.
+    layout: of this forward's n columns. valid: (B, past + n) bool, False at padding. on_cpu: layers
+    compute there. text_width: how many text rows each row of the batch gets, at least; those beyond
+    its tokens stand for none.
     """
-    text, visual = packings(layout, valid, cache.length)
-    cache.extend(layout, valid, text.order, visual.order)
+    text, visual = packings(layout, valid, cache.length, text_width)
+    cache.extend(layout, valid, text, visual)
     sight: tuple[tuple[ImageGroup, ...] | Blocks, ...] = ()
     if len(visual):
         sight = tuple(
-            visual_sight(layout, visual, cache, valid, window, plan.window_causal)
+            visual_sight(layout, visual, cache, valid, window, plan.window_causal, on_cpu)
             for window in windows(plan)
         )
     sinks = plan.sinks if "sink" in (plan.head_mass, plan.cut_mass) else None
@@ -49,19 +59,22 @@ def prepare(layout: VisualLayout, valid: Tensor, cache: VisualCache, plan: Pruni
         text=text,
         visual=visual,
         rows=torch.cat([text.rows, visual.rows]),
+        is_whole=not len(visual) and len(text) == layout.visual.numel(),
         text_sight=TextSight.build(text, cache, valid, sinks),
         visual_sight=sight,
     )
 
 
-def packings(layout: VisualLayout, valid: Tensor, past: int) -> tuple[Packing, Packing]:
+def packings(
+    layout: VisualLayout, valid: Tensor, past: int, text_width: int | None = None
+) -> tuple[Packing, Packing]:
     """Text and visual rows of a forward; arguments as of `prepare`."""
     fresh = valid[:, past:]
     # Next-token logits are read off the last column, padding or not (a batch padded on the right):
     # there a pad is computed as stock computes it, a query that no other token sees.
     queries = fresh.clone()
     queries[:, -1] |= valid.any(1)
-    text = Packing.build(queries & ~layout.visual, past)
+    text = Packing.build(queries & ~layout.visual, past, text_width)
     return text, Packing.build(fresh & layout.visual, past)
 
 
@@ -70,13 +83,15 @@ class Run:
     """How a pass is run.
 
     call: calls a layer with its rows. keep_cache: what is cached outlives the pass. dropout: of
-    attention. hidden_states: gets the (B, n, d) input of every layer.
+    attention. hidden_states: gets the packed rows that go into every layer. fused: of each layer,
+    its weights where they are fused; None: all are live.
     """
 
     call: CallLayer
     keep_cache: bool
     dropout: float = 0.0
     hidden_states: list[Tensor] | None = None
+    fused: Sequence[FusedLayer | None] | None = None
 
 
 def run(
@@ -94,51 +109,64 @@ def run(
 
     index: what `prepare` made of it. cos, sin: (B, n, D). cache: filled.
     """
-    shape = inputs_embeds.shape
-    shared = _shared(plans, index, cos, sin, how)
-    rows = inputs_embeds.flatten(0, 1)[index.rows.to(inputs_embeds.device)]
-    text, visual = rows.tensor_split([len(index.text)])
+    shared = share(plans, index, pack(cos, index), pack(sin, index), how)
+    rows = through(layers, plans, shared, pack(inputs_embeds, index), cache, how)
+    return merge(rows, index, inputs_embeds.shape)
+
+
+def through(
+    layers: nn.ModuleList,
+    plans: LayerPlans,
+    shared: Shared,
+    rows: Tensor,
+    cache: VisualCache,
+    how: Run,
+) -> Tensor:
+    """The layers on packed rows (Nt + Nv, d), text first → the same rows."""
+    text, visual = rows.tensor_split([shared.n_text])
     both: Tensor | None = rows  # text and visual; None once text went on alone
 
-    def merge() -> Tensor:
-        every = both
-        if every is None:
-            every = torch.cat([text, visual.to(text.device)]) if len(visual) else text
-        merged = every.new_zeros(shape[0] * shape[1], every.shape[1])
-        return merged.index_copy(0, index.rows.to(every.device), every).unflatten(0, shape[:2])
+    def every() -> Tensor:
+        if both is not None:
+            return both
+        return torch.cat([text, visual.to(text.device)]) if shared.n_visual else text
 
     here: tuple[Shared, torch.device] | None = None
     for number, (layer, stores) in enumerate(zip(layers, cache.stores, strict=True)):
-        device = execution_device(layer, text.device)
+        fused = None if how.fused is None else how.fused[number]
+        device = execution_device(layer, text.device) if fused is None else fused.qkv.weight.device
         plan = plans.on(number, device)
         if how.hidden_states is not None:
-            how.hidden_states.append(merge())
+            how.hidden_states.append(every())
         if here is None or here[1] != device:
             here = to_device(shared, device), device
         before, into = stores, None
         if not shared.in_place:
             before = stores[0].fork(), stores[1].fork()
             into = stores if how.keep_cache else None
-        call = LayerCall(plan, here[0], before, into)
-        if not plan.takes_visual or not len(visual):
+        call = LayerCall(plan, here[0], before, into, fused)
+        if not shared.n_visual or not plan.takes_visual:
             text, both = how.call(layer, text.to(device), call), None
             continue
-        rows = torch.cat([text, visual.to(text.device)]) if both is None else both
-        out = how.call(layer, rows.to(device), call)
+        out = how.call(layer, every().to(device), call)
         if call.changes_visual:
-            both, (text, visual) = out, out.tensor_split([len(index.text)])
+            both, (text, visual) = out, out.tensor_split([shared.n_text])
         else:
             both, text = None, out
     cache.filling = False
-    return merge()
+    return every()
 
 
-def _shared(plans: LayerPlans, index: Pass, cos: Tensor, sin: Tensor, how: Run) -> Shared:
-    angles = index.rows.to(cos.device)
+def share(plans: LayerPlans, index: Pass, cos: Tensor, sin: Tensor, how: Run) -> Shared:
+    """cos, sin: (Nt + Nv, D) of packed rows."""
+    n_text = len(index.text)
+    cos, sin = cos.unsqueeze(1), signed(sin.unsqueeze(1))
     return Shared(
         index=index,
-        cos=cos.flatten(0, 1)[angles].unsqueeze(1),
-        sin=sin.flatten(0, 1)[angles].unsqueeze(1),
+        n_text=n_text,
+        n_visual=len(index.visual),
+        text_angles=(cos[:n_text], sin[:n_text]),
+        visual_angles=(cos[n_text:], sin[n_text:]),
         head_dim=plans.head_dim,
         scale=plans.head_dim**-0.5,
         dropout=how.dropout,
@@ -146,6 +174,22 @@ def _shared(plans: LayerPlans, index: Pass, cos: Tensor, sin: Tensor, how: Run) 
         in_place=how.keep_cache and not torch.is_grad_enabled(),
         observer=OBSERVER.get(),
     )
+
+
+def pack(x: Tensor, index: Pass) -> Tensor:
+    """(B, n, D) → rows (Nt + Nv, D), text first; those that stand for no token repeat the last."""
+    x = x.flatten(0, 1)
+    return x if index.is_whole else x[index.rows.clamp(max=x.shape[0] - 1).to(x.device)]
+
+
+def merge(rows: Tensor, index: Pass, shape: Sequence[int]) -> Tensor:
+    """Packed rows → (B, n, D); 0 at padding."""
+    if index.is_whole:
+        return rows.view(shape)
+    batch, n = shape[:2]
+    merged = rows.new_zeros(batch * n + 1, rows.shape[1])  # the last for what stands for no token
+    merged = merged.index_copy(0, index.rows.to(rows.device), rows)
+    return merged[:-1].unflatten(0, (batch, n))
 
 
 def execution_device(layer: nn.Module, default: torch.device) -> torch.device:

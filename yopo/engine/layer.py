@@ -1,6 +1,7 @@
-"""Self-attention of one decoder layer on packed rows, and what a layer is called with.
+"""Self-attention of one decoder layer on packed rows, between its projections, and what a layer is
+called with.
 
-The layer's own modules are called by models/layers.py, its FFN is in weights.py; masks and index
+Projections and FFN by live weights are in weights.py, by fused ones in fused.py; masks and index
 tensors come from forward.py.
 """
 
@@ -8,25 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from yopo.engine.layer_plan import LayerPlan, SinkWeights
+from yopo.engine.head_store import HeadStore
+from yopo.engine.layer_plan import LayerPlan
 from yopo.engine.packing import Packing
 from yopo.engine.text_attention import Sight, TextSight, text_attention
 from yopo.engine.visual_attention import Blocks, ImageGroup, visual_attention
-from yopo.engine.visual_cache import HeadStore
-from yopo.engine.weights import (
-    Attention,
-    project_from_heads,
-    project_to_heads,
-    to_heads,
-    to_qkv,
-)
+
+if TYPE_CHECKING:
+    from yopo.engine.fused import FusedLayer
 
 Stores = tuple[HeadStore, HeadStore]
+Angles = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,8 @@ class Pass:
     """Who is where and sees whom in one forward, the same for every layer; all on one device.
 
     text, visual: packings of its rows. rows: (Nt + Nv,) int64, their places in the flattened
-    (B·n) batch, text first.
+    (B·n) batch, text first, B·n for those that stand for no token. is_whole: they are all of
+    the batch, in order.
     text_sight, visual_sight: see text_attention.py and visual_attention.py; visual_sight has one
         for each of the plan's `windows`, none where no row is visual.
     """
@@ -42,6 +41,7 @@ class Pass:
     text: Packing
     visual: Packing
     rows: Tensor
+    is_whole: bool
     text_sight: TextSight
     visual_sight: tuple[tuple[ImageGroup, ...] | Blocks, ...]
 
@@ -50,15 +50,18 @@ class Pass:
 class Shared:
     """What the layers of one forward share, on one device.
 
-    cos, sin: (Nt + Nv, 1, D), text rows first.
+    text_angles, visual_angles: cos and sin (Nt or Nv, 1, R); of sin the first half is negated, so
+        that R features x are rotated to x cos + (their halves exchanged) sin.
     in_place: the stores are the cache's own, with room for later tokens; else each layer fills
         copies, so that it can be run again (gradients, checkpointing).
     observer: see forward.OBSERVER.
     """
 
     index: Pass
-    cos: Tensor
-    sin: Tensor
+    n_text: int
+    n_visual: int
+    text_angles: Angles
+    visual_angles: Angles
     head_dim: int
     scale: float
     dropout: float
@@ -87,6 +90,7 @@ class LayerCall:
     shared: Shared
     stores: Stores
     into: Stores | None
+    fused: FusedLayer | None = None
     reached: Reached = field(default_factory=Reached)
 
     @property
@@ -98,134 +102,149 @@ class LayerCall:
     def changes_visual(self) -> bool:
         """Whether there are visual rows that leave the layer other than they came; else the layer
         gives back text rows alone."""
-        return self.plan.changes_visual and len(self.shared.index.visual) > 0
+        return self.shared.n_visual > 0 and self.plan.changes_visual
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x (N, H, D) by cos, sin (N, 1, R), of its first R features; x's
-    dtype, also in autocast (which leaves x in half precision and the angles in float32)."""
+def signed(sin: Tensor) -> Tensor:
+    """Sines (…, R) as `turn` wants them."""
+    first, second = sin.chunk(2, dim=-1)
+    return torch.cat([-first, second], dim=-1)
+
+
+def turn(x: Tensor, count: int, angles: Angles, in_place: bool) -> Tensor:
+    """x (N, H, D) with rotary position embedding of its first `count` heads by cos, sin (N, 1, R),
+    of their first R features; x's dtype, also in autocast (which leaves x in half precision and the
+    angles in float32). `in_place`: nobody else holds x, and it has no gradient."""
+    cos, sin = angles
+    mine = x.narrow(1, 0, count)
     if cos.shape[-1] < x.shape[-1]:
-        turned, rest = x.tensor_split([cos.shape[-1]], dim=-1)
-        return torch.cat([rotate(turned, cos, sin), rest], dim=-1)
-    first, second = x.chunk(2, dim=-1)
-    swapped = torch.cat([-second, first], dim=-1)
-    if x.dtype == cos.dtype:
-        return torch.addcmul(x * cos, swapped, sin)
-    return (x * cos + swapped * sin).to(x.dtype)
+        mine = mine.narrow(2, 0, cos.shape[-1])
+    first, second = mine.chunk(2, dim=-1)
+    swapped = torch.cat([second, first], dim=-1)
+    if x.dtype != cos.dtype:
+        turned = (mine * cos + swapped * sin).to(x.dtype)
+    elif in_place:
+        torch.addcmul(mine * cos, swapped, sin, out=mine)
+        return x
+    else:
+        turned = torch.addcmul(mine * cos, swapped, sin)
+    if cos.shape[-1] < x.shape[-1]:
+        turned = torch.cat([turned, x[:, :count, cos.shape[-1] :]], dim=-1)
+    return torch.cat([turned, x[:, count:]], dim=1) if count < x.shape[1] else turned
 
 
-def attend_layer(attn: Attention, x: Tensor, call: LayerCall) -> Tensor:
-    """Self-attention on normed rows x (N, d), text first → (N, d), or of text rows alone where the
-    plan has visual rows not attend. Fills the stores."""
+def attend(
+    text: Tensor, visual: Tensor | None, call: LayerCall, in_place: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Self-attention between the projections of a layer. Fills the stores.
+
+    text: (Nt, H + 2 K, D), [queries | keys | values] of text rows in the layer's own order → their
+    outputs (Nt, H, D) in that order. visual: (Nv, H', D), those that the plan's visual_order names,
+    or None where no row is visual → the outputs (Nv, H'', D) of its visual_heads; None where visual
+    rows do not attend. in_place: both may be written into.
+    """
     plan, shared = call.plan, call.shared
-    n_text, head_dim = len(shared.index.text), shared.head_dim
-    n_q, n_kv = plan.heads, sum(map(len, plan.kv))
-    cos, sin = shared.cos[: len(x)], shared.sin[: len(x)]
+    n_text, heads = shared.n_text, plan.heads
+    turned = (heads + text.shape[1]) // 2  # queries and keys
+    if plan.order is not None:
+        text, in_place_text = text.index_select(1, plan.order), not torch.is_grad_enabled()
+    else:
+        in_place_text = in_place
+    logits = _sink_logits(text, plan, shared.index)
+    still = text[:, :heads].clone() if shared.observer is not None else text
+    text = turn(text, turned, shared.text_angles, in_place_text)
+    if visual is not None:
+        of_visual = sum(plan.visual_counts[:2])
+        visual = turn(visual, of_visual, shared.visual_angles, in_place)
     stores = call.stores
     if not shared.in_place:
         stores = stores[0].fork(), stores[1].fork()
-
-    def turned(text: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
-        return rotate(text, cos[:n_text], sin[:n_text]), rotate(visual, cos[n_text:], sin[n_text:])
-
-    sliced = n_text < len(x)
-    q_proj, k_proj, v_proj = to_qkv(attn, x, sliced)
-    visual_q: Tensor | None
-    visual_k: Tensor | None
-    visual_v: Tensor | None
-    if sliced:
-        q, visual_q = project_to_heads(q_proj, x, n_text, plan.visual_heads, n_q, head_dim)
-        k, visual_k = project_to_heads(k_proj, x, n_text, plan.visual_key_heads, n_kv, head_dim)
-        v, visual_v = project_to_heads(v_proj, x, n_text, plan.visual_value_heads, n_kv, head_dim)
-        logits, still = _sink_logits(q, plan.sink, shared.index), q
-        q, visual_q = turned(q, visual_q)
-        k, visual_k = turned(k, visual_k)
-    else:
-        q, k = to_heads(q_proj(x), n_q, head_dim), to_heads(k_proj(x), n_kv, head_dim)
-        logits = _sink_logits(q, plan.sink, shared.index)
-        q, k = rotate(torch.cat([q, k], dim=1), cos, sin).split([n_q, n_kv], dim=1)
-        v = to_heads(v_proj(x), n_kv, head_dim)
-        visual_q = visual_k = visual_v = None
-    _fill(stores, plan, shared.index, (k, v), (visual_k, visual_v), shared.in_place)
+    rows = shared.index.text.spread(text)  # (B, W, H + 2 K, D)
+    _fill(stores, plan, shared, rows.narrow(2, heads, text.shape[1] - heads), visual)
     if call.into is not None:
         for mine, of_cache in zip(stores, call.into, strict=True):
             of_cache.take(mine)
-    out = _text_queries(q, logits, plan, shared, stores) if n_text else q
-    if visual_q is not None:
-        if shared.observer is not None:
-            shared.observer(call, still, q, visual_q, stores)
-        visual_q = _visual_queries(visual_q, plan, shared, stores) if plan.attends_visual else None
-    return project_from_heads(attn.o_proj, out, visual_q, plan.visual_heads)
+    queries = None if visual is None else visual[:, : plan.visual_counts[0]]
+    if shared.observer is not None and queries is not None:
+        q = text[:, :heads]
+        if plan.in_turn is not None:
+            still, q = still.index_select(1, plan.in_turn), q.index_select(1, plan.in_turn)
+        shared.observer(call, still, q, queries, stores)
+    out = _text_queries(rows, logits, plan, shared, stores) if n_text else text[:, :heads]
+    if n_text and plan.in_turn is not None:
+        out = out.index_select(1, plan.in_turn)
+    if queries is None or not plan.attends_visual:
+        return out, None
+    return out, _visual_queries(queries, plan, shared, stores)
 
 
 def _fill(
-    stores: Stores,
-    plan: LayerPlan,
-    index: Pass,
-    text: tuple[Tensor, Tensor],
-    visual: tuple[Tensor | None, Tensor | None],
-    in_place: bool,
+    stores: Stores, plan: LayerPlan, shared: Shared, text: Tensor, visual: Tensor | None
 ) -> None:
-    """Adds keys and values: `text` (Nt, H, D) of all heads, `visual` (Nv, H', D) of the heads that
-    the plan's visual_key_heads and visual_value_heads name."""
-    every_key = all(plan.visual_keys)
-    for number, (store, kv) in enumerate(zip(stores, plan.kv, strict=True)):
-        if len(kv) == 0:
+    """Adds keys and values of text rows (B, W, 2 K, D), and of visual rows (Nv, H', D), which have
+    those that the plan's visual_order names."""
+    both, at = _in_two(text), 0  # (2, B, K, W, D)
+    for number, (store, count) in enumerate(zip(stores, plan.kv_counts, strict=True)):
+        if count == 0:
             continue
-        heads = None if len(kv) == text[0].shape[1] else kv
-        k, v = (index.text.pad(x if heads is None else x.index_select(1, heads)) for x in text)
-        visual_k, visual_v = visual
-        if visual_k is not None and plan.visual_keys[number]:
-            if every_key and heads is not None:
-                visual_k = visual_k.index_select(1, heads)
-            visual_k = index.visual.pad(visual_k)
-        else:
-            visual_k = None
-        if visual_v is not None and plan.visual_values[number]:
-            visual_v = index.visual.pad(visual_v)
-        else:
-            visual_v = None
-        store.append(k, v, visual_k, visual_v, spare=in_place)
+        given = None
+        if visual is not None and plan.visual_values[number]:
+            given = _in_two(shared.index.visual.spread(visual[:, -2 * count :]))
+        elif visual is not None and plan.visual_keys[number]:
+            keys = visual.narrow(1, plan.visual_counts[0], count)
+            given = shared.index.visual.pad(keys)[None]
+        mine = both if count == both.shape[2] else both.narrow(2, at, count)
+        store.append(mine, given, spare=shared.in_place)
+        at += count
 
 
-def _sink_logits(q: Tensor, sink: SinkWeights | None, index: Pass) -> Tensor | None:
-    """The sinks' logits (B, H, W, 1) float32 of text queries q (Nt, H, D) before their rotation."""
-    shift = index.text_sight.sink_shift
-    if sink is None or shift is None or not len(q):
+def _in_two(rows: Tensor) -> Tensor:
+    """Keys and values of rows (B, W, 2 K, D) → (2, B, K, W, D)."""
+    batch, width, count, head_dim = rows.shape
+    return rows.view(batch, width, 2, count // 2, head_dim).permute(2, 0, 3, 1, 4)
+
+
+def _sink_logits(text: Tensor, plan: LayerPlan, index: Pass) -> Tensor | None:
+    """The logits (B, H', W, 1) float32 of the sinks of the plan's blind heads, of text rows (Nt, …,
+    D) before their rotation."""
+    sink, shift = plan.sink, index.text_sight.sink_shift
+    if sink is None or shift is None or text.shape[0] == 0:
         return None
-    logits = sink.a.expand(-1, len(q), 1)  # (H, Nt, 1)
+    count, n_text = sink.a.shape[0], text.shape[0]
+    logits = sink.a.expand(-1, n_text, 1)  # (H', Nt, 1)
     if sink.b is not None:
-        logits = torch.baddbmm(sink.a, q.transpose(0, 1).to(sink.b.dtype), sink.b)
+        q = text.narrow(1, plan.heads - count, count).transpose(0, 1)
+        logits = torch.baddbmm(sink.a, q.to(sink.b.dtype), sink.b)
     return index.text.pad(logits.transpose(0, 1)) + shift
 
 
 def _text_queries(
     q: Tensor, logits: Tensor | None, plan: LayerPlan, shared: Shared, stores: Stores
 ) -> Tensor:
-    """Text queries q (Nt, H, D) of all heads → (Nt, H, D); logits: of sinks (B, H, W, 1)."""
+    """Text queries q (B, W, H …, D), the first H heads → (Nt, H, D), in the plan's order; logits:
+    of sinks (B, H', W, 1)."""
     outs, index = [], shared.index
+    first = plan.heads - (0 if logits is None else logits.shape[1])  # that has a sink
     for group in plan.text:
-        mine = index.text.pad(q if group.q is None else q.index_select(1, group.q))
+        mine = q.narrow(2, group.at.start, group.count).transpose(1, 2)
         sink = None
         if group.sight is Sight.SINK and logits is not None:
-            sink = logits if group.q is None else logits.index_select(1, group.q)
+            sink = logits[:, group.at.start - first : group.at.stop - first]
         sight, store = index.text_sight, stores[group.store]
         out = text_attention(
             mine, store, group.kv, group.sight, sight, shared.scale, shared.dropout, sink
         )
-        outs.append(index.text.unpad(out))
-    if plan.text_order is None:
-        return outs[0]
-    return torch.cat(outs, dim=1).index_select(1, plan.text_order)
+        outs.append(out.transpose(1, 2))  # (B, W, H', D)
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+    return index.text.gathered(out)
 
 
 def _visual_queries(q: Tensor, plan: LayerPlan, shared: Shared, stores: Stores) -> Tensor:
     """Visual queries q (Nv, H', D) of the plan's visual_heads → (Nv, H', D)."""
-    outs, at, index = [q[:, :0]], 0, shared.index
+    outs, index = [q[:, :0]], shared.index
     for group in plan.visual:
-        count = q.shape[1] if group.q is None else len(group.q)
         out = visual_attention(
-            q[:, at : at + count],
+            q[:, group.at],
             index.visual,
             stores[group.store],
             group.kv,
@@ -235,5 +254,4 @@ def _visual_queries(q: Tensor, plan: LayerPlan, shared: Shared, stores: Stores) 
             shared.dropout,
         )
         outs.append(out)
-        at += count
-    return torch.cat(outs, dim=1)
+    return outs[1] if len(outs) == 2 else torch.cat(outs, dim=1)

@@ -5,12 +5,15 @@ Index tensors only, made once when a plan is put on a model. Nothing here knows 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from yopo.engine.head_store import StoredHeads
 from yopo.engine.packing import to_device
 from yopo.engine.text_attention import Sight
 from yopo.plan.config_fields import head_sizes
@@ -24,24 +27,30 @@ SEEN, BLIND = 0, 1
 
 @dataclass(frozen=True)
 class HeadGroup:
-    """Query heads treated alike.
+    """Query heads treated alike, which lie side by side in the plan's order.
 
     q: (H',) query heads; None: all.
+    at: their place among the queries of its rows, in the plan's order.
     store: SEEN or BLIND, which keys and values they read.
     kv: (H',) their place among the store's key/value heads; None: one to one.
     sight: what they get from visual keys.
     """
 
     q: Tensor | None
+    at: slice
     store: int
     kv: Tensor | None
     sight: Sight
 
+    @property
+    def count(self) -> int:
+        return self.at.stop - self.at.start
+
 
 @dataclass(frozen=True)
 class SinkWeights:
-    """What predicts the sinks' logits of all H heads of a layer: a (H, 1, 1), b (H, D, 1) or None
-    for 0."""
+    """What predicts the sinks' logits of the blind heads of a layer, in the plan's order: a
+    (H', 1, 1), b (H', D, 1) or None for 0."""
 
     a: Tensor
     b: Tensor | None
@@ -51,14 +60,21 @@ class SinkWeights:
 class LayerPlan:
     """What one layer computes under a plan.
 
+    The plan's order of heads: of queries one group after the other, of keys and of values those of
+    one store after those of the other. So whatever is treated alike lies side by side.
+
     heads: H, how many query heads the layer has.
-    kv: for each store the key/value heads it holds.
+    kv: for each store the key/value heads it holds; kv_counts: how many that is.
     visual_keys, visual_values: whether a store holds those of visual tokens too.
     text, visual: head groups of text and of visual queries (heads in no group give zero).
-    text_order: (H,) puts the concatenated outputs of `text` back in head order; None if they are.
-    visual_heads: the query heads of `visual` in that order; None: all in order.
-    visual_key_heads, visual_value_heads: the key/value heads of which visual rows have keys and
-        values; None: all.
+    count: H + 2 K, how many queries, keys and values the layer has.
+    order: (H + 2 K,) the plan's order of [queries | keys | values]; None: it is the layer's own.
+    in_turn: (H,) puts text queries from the plan's order into the layer's; None: they are.
+    visual_order: (H',) which of [queries | keys | values] visual rows have: queries in the plan's
+        order, keys of blind heads before those that are seen; None: all, in the layer's own.
+    visual_counts: how many of each that is.
+    visual_heads: the query heads of `visual` in the plan's order; None: all in the layer's own.
+    visual_kv_heads: the key and the value heads likewise.
     runs_visual: visual rows are not done with before this layer.
     attends_visual: visual rows go through attention (if with no head: its bias is added).
     neurons: how many of the FFN's they use; None: all.
@@ -68,14 +84,18 @@ class LayerPlan:
 
     heads: int
     kv: tuple[Tensor, Tensor]
+    kv_counts: tuple[int, int]
     visual_keys: tuple[bool, bool]
     visual_values: tuple[bool, bool]
     text: tuple[HeadGroup, ...]
     visual: tuple[HeadGroup, ...]
-    text_order: Tensor | None
+    count: int
+    order: Tensor | None
+    in_turn: Tensor | None
+    visual_order: Tensor | None
+    visual_counts: tuple[int, int, int]
     visual_heads: Tensor | None
-    visual_key_heads: Tensor | None
-    visual_value_heads: Tensor | None
+    visual_kv_heads: tuple[Tensor | None, Tensor | None]
     runs_visual: bool
     attends_visual: bool
     neurons: int | None
@@ -91,7 +111,7 @@ class LayerPlan:
     def takes_visual(self) -> bool:
         """Whether this layer needs visual rows: to change them, or for keys that heads read."""
         reads = any(
-            keys and len(kv) > 0 for keys, kv in zip(self.visual_keys, self.kv, strict=True)
+            keys and count > 0 for keys, count in zip(self.visual_keys, self.kv_counts, strict=True)
         )
         return self.changes_visual or (self.runs_visual and reads)
 
@@ -108,51 +128,79 @@ class LayerPlan:
         shared = seeing.unflatten(0, (-1, per_kv)).any(1).repeat_interleave(per_kv)
         kv = _kv_heads(shared, per_kv), _kv_heads(~shared, per_kv)
 
-        def groups(seeing: Tensor, blind: Tensor) -> tuple[HeadGroup, ...]:
-            made = []
-            for chosen, store, sight in (
-                (seeing, SEEN, Sight.ALL),
-                (blind & shared, SEEN, blind_sight),
-                (blind & ~shared, BLIND, blind_sight),
-            ):
-                q = chosen.nonzero().flatten()
-                if len(q) == 0:
-                    continue
-                place = torch.searchsorted(kv[store], q // per_kv)
-                straight = torch.equal(place, torch.arange(len(kv[store]), device="cpu"))
-                every = None if len(q) == plan.num_heads else q
-                made.append(HeadGroup(every, store, None if straight else place, sight))
-            return tuple(made)
+        def groups(blind: Tensor) -> tuple[HeadGroup, ...]:
+            kinds = (
+                (seeing, Sight.ALL),
+                (blind & shared, blind_sight),
+                (blind & ~shared, blind_sight),
+            )
+            return _grouped(kinds, (SEEN, SEEN, BLIND), kv, per_kv)
 
-        text = groups(seeing, ~seeing)
+        text = groups(~seeing)
         # Blind visual queries: kept heads past the cut; pruned ones too if these are not zero.
         blind = ~seeing & keep if plan.prune_visual_queries else ~seeing
         runs_visual = below_cut or plan.cut_mass == "exact"
         attends = runs_visual and plan.visual_attends[layer]
-        visual = groups(seeing, blind) if attends else ()
-        whole = len(visual) == 1 and visual[0].q is None
+        visual = groups(blind) if attends else ()
         every_key = blind_sight is Sight.MASS
         neurons = plan.ffn_neurons(ffn_size)[layer]
+        q, k = _heads_in_turn(text, plan.num_heads), torch.cat(kv)
+        visual_q = _heads_in_turn(visual, plan.num_heads)
+        visual_k = torch.cat([kv[BLIND], kv[SEEN]]) if every_key else kv[SEEN]
+        first = plan.num_heads, plan.num_heads + kv_heads  # of [queries | keys | values]
+        own = torch.arange(first[1] + kv_heads, device="cpu")
+        order = torch.cat([q, first[0] + k, first[1] + k])
+        visual_order = torch.cat([visual_q, first[0] + visual_k, first[1] + kv[SEEN]])
         has_sink = blind_sight is Sight.SINK and not bool(seeing.all())
-        values_of = None if len(kv[SEEN]) == kv_heads else kv[SEEN]
         return cls(
             heads=plan.num_heads,
             kv=kv,
+            kv_counts=(len(kv[SEEN]), len(kv[BLIND])),
             visual_keys=(True, every_key),
             visual_values=(True, False),
             text=text,
             visual=visual,
-            text_order=None if len(text) == 1 else _heads_in_turn(text).argsort(),
-            visual_heads=None if whole else _heads_in_turn(visual),
-            # Where the stores together want the visual keys of all heads, one product makes them.
-            visual_key_heads=None if every_key else values_of,
-            visual_value_heads=values_of,
+            count=len(own),
+            order=_unless(order, own),
+            in_turn=None if _unless(q, own[: len(q)]) is None else q.argsort(),
+            visual_order=_unless(visual_order, own),
+            visual_counts=(len(visual_q), len(visual_k), len(kv[SEEN])),
+            visual_heads=_unless(visual_q, own[: plan.num_heads]),
+            visual_kv_heads=(_unless(visual_k, own[:kv_heads]), _unless(kv[SEEN], own[:kv_heads])),
             runs_visual=runs_visual,
             attends_visual=attends,
             neurons=None if neurons == ffn_size else neurons,
             window=windows(plan).index(plan.windows[layer]),
-            sink=_sink_of(plan.sinks, layer) if has_sink else None,
+            sink=_sink_of(plan.sinks, layer, text) if has_sink else None,
         )
+
+    @property
+    def paired(self) -> tuple[bool, bool]:
+        """For each store whether it holds as many values as keys."""
+        first, second = zip(self.visual_keys, self.visual_values, strict=True)
+        return first[0] == first[1], second[0] == second[1]
+
+
+def _grouped(
+    kinds: Iterable[tuple[Tensor, Sight]],
+    stores: Iterable[int],
+    kv: tuple[Tensor, Tensor],
+    per_kv: int,
+) -> tuple[HeadGroup, ...]:
+    """A group for each of `kinds` that has heads: which of all (H,) bool, and their sight; `stores`
+    are those that they read."""
+    made: list[HeadGroup] = []
+    for (chosen, sight), store in zip(kinds, stores, strict=True):
+        q = chosen.nonzero().flatten()
+        if len(q) == 0:
+            continue
+        at = made[-1].at.stop if made else 0
+        place = torch.searchsorted(kv[store], q // per_kv)
+        straight = torch.arange(len(kv[store]), device="cpu")
+        every = None if len(q) == len(chosen) else q
+        group = slice(at, at + len(q))
+        made.append(HeadGroup(every, group, store, _unless(place, straight), sight))
+    return tuple(made)
 
 
 _SIGHTS = {"exact": Sight.MASS, "sink": Sight.SINK, "drop": Sight.NOTHING}
@@ -163,14 +211,18 @@ def windows(plan: PruningPlan) -> tuple[int | None, ...]:
     return tuple(dict.fromkeys(plan.windows))
 
 
-def sink_weights(a: Tensor, b: Tensor | None) -> SinkWeights:
-    """Of a layer's a (H,) and b (H, D), through which gradients flow."""
-    return SinkWeights(a[:, None, None], None if b is None else b[:, :, None])
+def sink_weights(a: Tensor, b: Tensor | None, text: tuple[HeadGroup, ...]) -> SinkWeights:
+    """Of a layer's a (H,) and b (H, D), through which gradients flow; text: its text groups."""
+    blind = [group.q for group in text if group.sight is Sight.SINK]
+    if all(q is None for q in blind):
+        return SinkWeights(a[:, None, None], None if b is None else b[:, :, None])
+    heads = torch.cat([q.to(a.device) for q in blind if q is not None])
+    return SinkWeights(a[heads][:, None, None], None if b is None else b[heads][:, :, None])
 
 
-def _sink_of(sinks: Sinks | None, layer: int) -> SinkWeights:
+def _sink_of(sinks: Sinks | None, layer: int, text: tuple[HeadGroup, ...]) -> SinkWeights:
     assert sinks is not None  # a plan whose mass is "sink" has them: PruningPlan
-    return sink_weights(sinks.a[layer], None if sinks.b is None else sinks.b[layer])
+    return sink_weights(sinks.a[layer], None if sinks.b is None else sinks.b[layer], text)
 
 
 def _kv_heads(query_heads: Tensor, per_kv: int) -> Tensor:
@@ -178,10 +230,15 @@ def _kv_heads(query_heads: Tensor, per_kv: int) -> Tensor:
     return (query_heads.nonzero().flatten() // per_kv).unique()
 
 
-def _heads_in_turn(groups: tuple[HeadGroup, ...]) -> Tensor:
-    """The query heads of some groups, of which none has all, one group after the other."""
-    none = torch.zeros(0, dtype=torch.int64, device="cpu")
-    return torch.cat([none, *(group.q for group in groups if group.q is not None)])
+def _heads_in_turn(groups: tuple[HeadGroup, ...], heads: int) -> Tensor:
+    """The query heads of some groups, one group after the other."""
+    none, every = torch.zeros(0, dtype=torch.int64, device="cpu"), torch.arange(heads, device="cpu")
+    return torch.cat([none, *(every if group.q is None else group.q for group in groups)])
+
+
+def _unless(index: Tensor, own: Tensor) -> Tensor | None:
+    """`index`; None where it is `own`."""
+    return None if torch.equal(index, own) else index
 
 
 @dataclass(frozen=True)
@@ -221,11 +278,18 @@ class LayerPlans:
         plans = [
             plan
             if plan.sink is None
-            else replace(plan, sink=to_device(sink_weights(a[n], b[n]), plan.kv[0].device))
+            else replace(
+                plan, sink=to_device(sink_weights(a[n], b[n], plan.text), plan.kv[0].device)
+            )
             for n, plan in enumerate(self.plans)
         ]
         return replace(self, plans=plans)
 
-    def kv_heads(self) -> list[tuple[Tensor, Tensor]]:
-        """For each layer the key/value heads of its two stores."""
-        return [plan.kv for plan in self.plans]
+    @cached_property
+    def stored(self) -> list[tuple[StoredHeads, StoredHeads]]:
+        """For each layer what its two stores hold."""
+        return [
+            (StoredHeads(plan.kv[0], paired), StoredHeads(plan.kv[1], also))
+            for plan in self.plans
+            for paired, also in [plan.paired]
+        ]

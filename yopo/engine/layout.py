@@ -146,13 +146,14 @@ class VisualLayout:
         visual, image, row, col = taken
         return VisualLayout(visual, image, row, col, self.grids)
 
-    def then(self, later: VisualLayout) -> VisualLayout:
-        """This layout followed by `later`, whose grids go on from this one's."""
-        fields = ("visual", "image", "row", "col")
+    @classmethod
+    def joined(cls, layouts: Sequence[VisualLayout]) -> VisualLayout:
+        """Layouts one after the other, the grids of each of which go on from those before."""
         visual, image, row, col = (
-            torch.cat([getattr(self, f), getattr(later, f)], dim=1) for f in fields
+            torch.cat([getattr(layout, f) for layout in layouts], dim=1)
+            for f in ("visual", "image", "row", "col")
         )
-        return VisualLayout(visual, image, row, col, later.grids)
+        return cls(visual, image, row, col, layouts[-1].grids)
 
     def after(self, before: VisualLayout) -> VisualLayout:
         """This layout renumbered so that its images come after those of `before`."""

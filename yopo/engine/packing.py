@@ -1,12 +1,13 @@
 """Packed rows: the tokens of one kind (text, or visual) of a batch as one 2-D tensor without
 padding, and back.
 
-Index arithmetic only. Attention alone needs the batch dimension; `pad` and `unpad` are a view where
-every row of the batch has equally many tokens of the kind, and one gather otherwise.
+Index arithmetic only. Attention alone needs the batch dimension; to give it, and to take it, is a
+view where every row of the batch has equally many tokens of the kind, and one gather otherwise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -20,17 +21,18 @@ def to_device(x: T, device: torch.device) -> T:
     """`x` with every tensor in it moved: a tensor, a tuple, a dataclass of these, or anything else
     as it is.
     """
-    return _moved(x, device)
+    # Towards the CPU, a copy that is not waited for could be read before it is there.
+    return mapped(x, lambda each: each.to(device, non_blocking=device.type != "cpu"))
 
 
-def _moved(x: Any, device: torch.device) -> Any:
+def mapped(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`x` with `function` of every tensor in it in its place; see `to_device`."""
     if isinstance(x, Tensor):
-        # Towards the CPU, a copy that is not waited for could be read before it is there.
-        return x.to(device, non_blocking=device.type != "cpu")
+        return function(x)
     if isinstance(x, tuple):
-        return tuple(_moved(part, device) for part in x)
+        return tuple(mapped(part, function) for part in x)
     if is_dataclass(x) and not isinstance(x, type):
-        return replace(x, **{f.name: _moved(getattr(x, f.name), device) for f in fields(x)})
+        return replace(x, **{f.name: mapped(getattr(x, f.name), function) for f in fields(x)})
     return x
 
 
@@ -53,13 +55,24 @@ class Packing:
     scatter: Tensor | None
 
     @classmethod
-    def build(cls, chosen: Tensor, past: int) -> Packing:
+    def all_of(cls, batch: int, n: int, past: int, device: torch.device | str = "cpu") -> Packing:
+        """Of all tokens of `batch` rows, `n` of each, the first at `past` in its sequence."""
+        order = torch.arange(past, past + n, device=device).expand(batch, -1)
+        rows = torch.arange(batch * n, device=device)
+        return cls(batch, n if batch else 0, rows, order, None, None)
+
+    @classmethod
+    def build(cls, chosen: Tensor, past: int, width: int | None = None) -> Packing:
         """Packs the tokens where `chosen` (B, n) bool; the first column is position `past` of the
-        sequence.
+        sequence. `width`: gives each row so many slots, the empty ones as rows that stand for no
+        token (B·n in `rows`).
         """
         batch, n = chosen.shape
+        if width in (None, n) and bool(chosen.all()):
+            return cls.all_of(batch, n, past)
         counts = chosen.sum(1)
-        width = int(counts.max()) if batch else 0
+        full = width is not None
+        width = width if width is not None else int(counts.max()) if batch else 0
         rows = chosen.flatten().nonzero().flatten()
         row, column = rows // max(n, 1), rows % max(n, 1)
         rank = (chosen.long().cumsum(1) - 1).flatten()[rows]
@@ -67,6 +80,10 @@ class Packing:
         order = torch.full((batch * width,), -1, dtype=torch.int64, device=chosen.device)
         order[slot] = column + past
         gather = scatter = None
+        if full:
+            every = torch.full((batch * width,), batch * n, device=chosen.device)
+            every[slot] = rows
+            return cls(batch, width, every, order.view(batch, width), None, None)
         if len(rows) != batch * width:
             gather = torch.zeros(batch * width, dtype=torch.int64, device=chosen.device)
             gather[slot] = torch.arange(len(rows), device=chosen.device)
@@ -74,15 +91,23 @@ class Packing:
         return cls(batch, width, rows, order.view(batch, width), gather, scatter)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.rows.shape[0]
 
-    def pad(self, x: Tensor) -> Tensor:
-        """(N, H, D) packed to (B, H, W, D); empty slots repeat some packed row, to be masked."""
+    def spread(self, x: Tensor) -> Tensor:
+        """(N, …) packed to (B, W, …); empty slots repeat some packed row, to be masked."""
         if self.gather is not None:
             x = x[self.gather]
-        return x.unflatten(0, (self.batch, self.width)).transpose(1, 2)
+        return x.view(self.batch, self.width, *x.shape[1:])
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """(B, W, …) to packed (N, …)."""
+        x = x.flatten(0, 1)
+        return x if self.scatter is None else x[self.scatter]
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(N, H, D) packed to (B, H, W, D)."""
+        return self.spread(x).transpose(1, 2)
 
     def unpad(self, x: Tensor) -> Tensor:
         """(B, H, W, D) to packed (N, H, D)."""
-        x = x.transpose(1, 2).flatten(0, 1)
-        return x if self.scatter is None else x[self.scatter]
+        return self.gathered(x.transpose(1, 2))

@@ -7,6 +7,7 @@ Formulas: YOPO (arXiv 2410.06169), section 3.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -53,15 +54,18 @@ def attend(
     """Softmax attention; q (B, H, Q, D), k (B, H, S, D), v (B, H, S − V, D) → (B, H, Q, D).
 
     The first V keys have no value (`Sight.MASS`): they take their share of the softmax and give
-    nothing. `mask` is bool, broadcast to (B, H, Q, S), True where a query sees a key. `causal`, in
+    nothing. `mask`, broadcast to (B, H, Q, S), is bool, True where a query sees a key, or of q's
+    dtype, 0 there and -inf elsewhere. `causal`, in
     place of a mask: query i sees the keys up to i (which lets SDPA take its fastest kernels).
     `sink` (B, H, Q, 1): the logit of one more key without a value, which every query sees.
     """
     valueless = k.shape[2] - v.shape[2]
     if (valueless or sink is not None) and q.shape[2] == 1 and not dropout:
         scores = ((q * scale) @ k.transpose(2, 3)).float()  # scaled first: float16 overflows
-        if mask is not None:
+        if mask is not None and mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, -torch.inf)
+        elif mask is not None:
+            scores = scores + mask
         if sink is not None:
             scores = torch.cat([sink, scores], dim=-1)
             valueless += 1
@@ -139,8 +143,15 @@ class TextSight:
     ) -> TextSight:
         """`valid` (B, length) bool: which places of the whole sequence are no padding. sinks: those
         that the plan uses."""
+        if cache.gapless and text.width == 1 and text.order[0, 0] == cache.length - 1:
+            # One more token of each row, which sees all before it, as in each step of decoding.
+            shift = None
+            if sinks is not None:
+                value = shift_behind(sinks, cache.visual_slots)
+                shift = torch.full((text.batch, 1, 1, 1), value, device="cpu")
+            return cls(None, None, False, shift)
+        n_visual = cache.visual_slots
         order = torch.cat([cache.visual_order, cache.text_order], dim=1)  # (B, V + T)
-        n_visual = cache.visual_order.shape[1]
         alive = (order >= 0) & valid.gather(1, order.clamp(min=0))
         mine = text.order[:, :, None]
         every = alive[:, None, :] & (order[:, None, :] <= mine)  # (B, W, V + T)
@@ -164,6 +175,12 @@ class TextSight:
         )
 
 
+def shift_behind(sinks: Sinks, visual: int) -> float:
+    """What is added to the sinks' logits of queries behind so many visual tokens."""
+    share = min(visual, 1) if sinks.tokens is None else visual / sinks.tokens
+    return max(math.log(share), NO_SINK) if share else NO_SINK
+
+
 def text_attention(
     q: Tensor,
     store: HeadStore,
@@ -178,9 +195,10 @@ def text_attention(
     with `Sight.SINK`."""
     causal = False
     if not sight.reads_keys:
-        k, v, mask, causal = store.text_keys, store.text_values, masks.text, masks.causal
+        (k, v), mask, causal = store.read_text(), masks.text, masks.causal
     else:
-        k, mask = store.keys, masks.every
-        v = store.values if sight is Sight.ALL else store.text_values
+        (k, v), mask = store.read(), masks.every
+        if sight is Sight.MASS:
+            v = store.text_values
     k, v = heads(k, kv_index), heads(v, kv_index)
     return attend(q, k, v, mask, scale, dropout, causal, sink)

@@ -1,7 +1,8 @@
 """Attention of visual queries: each sees the text before it and its neighbours on its own grid.
 
-Never n × n: an image is attended in bands of grid rows, each against these rows, the window around
-them and the text before; without a window (plain causal), or where a chunk cut an image in two, in
+An image is attended in bands of grid rows, each against these rows, the window around them and the
+text before, so that on a CPU no n × n is computed (elsewhere one call is faster than many); without
+a window (plain causal), or where a chunk cut an image in two, in
 blocks of queries. Tensors in, tensors out; knows nothing of models and weights. Paper: YOPO (arXiv
 2410.06169), section 3.1; released: attncut in modeling_llama_prune.py.
 """
@@ -9,6 +10,7 @@ blocks of queries. Tensors in, tensors out; knows nothing of models and weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,7 +21,8 @@ from yopo.engine.packing import Packing
 from yopo.engine.text_attention import Sight, attend, heads
 from yopo.engine.visual_cache import HeadStore, VisualCache
 
-BAND_ROWS = 4  # grid rows of queries attended together
+BAND_ROWS = 4  # grid rows of queries attended together on a CPU
+BAND_QUERIES = 2048  # and elsewhere queries, in whole grid rows: most images are one call
 BLOCK_QUERIES = 256  # visual queries attended together where there is no window
 
 
@@ -74,8 +77,10 @@ def visual_sight(
     valid: Tensor,
     window: int | None,
     window_causal: bool,
+    on_cpu: bool = True,
 ) -> tuple[ImageGroup, ...] | Blocks:
-    """What each visual query of this forward sees. All tensors lie on the CPU.
+    """What each visual query of this forward sees. All tensors lie on the CPU; on_cpu: layers
+    compute there.
 
     `layout` describes the columns of this forward, whose tokens stand in the cache's slots already;
     `cache.layout` the whole sequence; `valid` (B, length) bool.
@@ -98,7 +103,7 @@ def visual_sight(
         return _blocks(visual, cache, valid, window, window_causal)
     reach = (window - 1) // 2
     return tuple(
-        _image_group(key, found, visual, cache, valid, reach, window_causal)
+        _image_group(key, found, visual, cache, valid, reach, window_causal, on_cpu)
         for key, found in images.items()
     )
 
@@ -111,8 +116,10 @@ def _image_group(
     valid: Tensor,
     reach: int,
     window_causal: bool,
+    on_cpu: bool,
 ) -> ImageGroup:
     rows, cols, cells = key
+    together = BAND_ROWS if on_cpu else max(1, BAND_QUERIES // cols)
     batch_row = torch.tensor([b for b, _, _ in found], device="cpu")
     steps = torch.arange(cells, device="cpu")
     slots = torch.tensor([slot for _, _, slot in found], device="cpu")[:, None] + steps
@@ -128,17 +135,14 @@ def _image_group(
     seen_slots = before.any(1).any(0).nonzero()
     n_text = int(seen_slots.max()) + 1 if len(seen_slots) else 0
 
-    row, col = steps // cols, steps % cols
     bands = []
-    for first in range(0, rows, BAND_ROWS):
-        queries = slice(min(first * cols, cells), min((first + BAND_ROWS) * cols, cells))
-        keys = slice(max(0, (first - reach) * cols), min((first + BAND_ROWS + reach) * cols, cells))
+    for first in range(0, rows, together):
+        queries = slice(min(first * cols, cells), min((first + together) * cols, cells))
+        keys = slice(max(0, (first - reach) * cols), min((first + together + reach) * cols, cells))
         if queries.start == queries.stop:
             break
-        near = (row[queries, None] - row[None, keys]).abs() <= reach
-        near &= (col[queries, None] - col[None, keys]).abs() <= reach
-        if window_causal:
-            near &= steps[None, keys] <= steps[queries, None]
+        cells_in = queries.start, queries.stop, keys.start, keys.stop
+        near = _near(cols, cells_in, reach, window_causal)
         text = text_alive[:, None, :n_text] & (
             text_order[:, None, :n_text] < query_order[:, queries, None]
         )
@@ -156,6 +160,18 @@ def _image_group(
         text_slots=n_text,
         bands=tuple(bands),
     )
+
+
+@lru_cache(maxsize=64)
+def _near(cols: int, cells: tuple[int, int, int, int], reach: int, causal: bool) -> Tensor:
+    """(Q, K) bool: which of the cells from the third to the fourth number are neighbours of those
+    from the first to the second, on a grid with so many columns. Of one grid they are the same for
+    every image; nobody writes into them."""
+    mine = torch.arange(cells[0], cells[1], device="cpu")[:, None]
+    other = torch.arange(cells[2], cells[3], device="cpu")[None]
+    near = (mine // cols - other // cols).abs() <= reach
+    near &= (mine % cols - other % cols).abs() <= reach
+    return near & (other <= mine) if causal else near
 
 
 def _blocks(

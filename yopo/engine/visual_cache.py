@@ -1,137 +1,22 @@
 """The KV cache of a pruned pass: text keys and values of every head, visual ones only where the
 plan reads them.
 
-`HeadStore` holds one layer's keys and values of one group of heads, `VisualCache` all layers and
-what the slots stand for. A real transformers Cache, so that generate() carries it about. No
-attention and no weights here.
+`VisualCache` holds all layers' stores (head_store.py) and what the slots stand for. A real
+transformers Cache, so that generate() carries it about. No attention and no weights here.
 """
 
 from __future__ import annotations
 
-from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from yopo.engine.layout import VisualLayout
+from yopo.engine.head_store import HeadStore, StoredHeads
+from yopo.engine.layout import Grid, VisualLayout
+from yopo.engine.packing import Packing
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import DynamicCache, clear_dynamic_cache, no_maximum, read_stock_cache
-
-GROWTH = (
-    1.5  # a full buffer is copied into one this much longer, so that a decode step copies no prefix
-)
-SPARE = 64
-
-
-class HeadStore:
-    """Keys and values of some heads: a visual region in front, then text slots in order of arrival.
-
-    `keys` (B, H, Vk + T, D), `values` (B, H, Vv + T, D), where Vk and Vv are the visual slots
-    stored of each: all, or 0 where the plan never reads them.
-    """
-
-    def __init__(self) -> None:
-        # None until the first append. `| Any` and not `| None`: who reads a store has filled it,
-        # and every layer reads, so there is no check.
-        self._keys: Tensor | Any = None
-        self._values: Tensor | Any = None
-        self.visual_keys = 0
-        self.visual_values = 0
-        self.text = 0
-
-    @property
-    def keys(self) -> Tensor:
-        return self._keys[:, :, : self.visual_keys + self.text]
-
-    @property
-    def values(self) -> Tensor:
-        return self._values[:, :, : self.visual_values + self.text]
-
-    @property
-    def text_keys(self) -> Tensor:
-        return self._keys[:, :, self.visual_keys : self.visual_keys + self.text]
-
-    @property
-    def text_values(self) -> Tensor:
-        return self._values[:, :, self.visual_values : self.visual_values + self.text]
-
-    def append(
-        self,
-        text_keys: Tensor,
-        text_values: Tensor,
-        visual_keys: Tensor | None = None,
-        visual_values: Tensor | None = None,
-        spare: bool = True,
-    ) -> None:
-        """Adds (B, H, slots, D) text keys and values, and visual ones if given.
-
-        `spare=False` keeps no room for later tokens and writes nothing in place: the pass ends
-        here, or has gradients.
-        """
-        new_keys = visual_keys.shape[2] if visual_keys is not None else 0
-        new_values = visual_values.shape[2] if visual_values is not None else 0
-        self._keys = _grown(self._keys, self.visual_keys, self.text, visual_keys, text_keys, spare)
-        self._values = _grown(
-            self._values, self.visual_values, self.text, visual_values, text_values, spare
-        )
-        self.visual_keys += new_keys
-        self.visual_values += new_values
-        self.text += text_keys.shape[2]
-
-    def fork(self) -> HeadStore:
-        """A store with the same content, whose `append(spare=False)` leaves this one as it is."""
-        return copy(self)
-
-    def take(self, other: HeadStore) -> None:
-        """Holds what `other` holds."""
-        vars(self).update(vars(other))
-
-    def select(self, index: Tensor) -> None:
-        """Keeps the batch rows `index`, in that order (beams)."""
-        if self._keys is not None:
-            self._keys = self._keys.index_select(0, index.to(self._keys.device))
-            self._values = self._values.index_select(0, index.to(self._values.device))
-
-    def nbytes(self, visual_only: bool = False) -> int:
-        """Bytes of the filled slots."""
-        if self._keys is None:
-            return 0
-        slots = self.visual_keys + self.visual_values + (0 if visual_only else 2 * self.text)
-        return slots * self._keys[:, :, :1].numel() * self._keys.element_size()
-
-
-def _grown(
-    old: Tensor | None,
-    visual: int,
-    text: int,
-    new_visual: Tensor | None,
-    new_text: Tensor,
-    spare: bool,
-) -> Tensor:
-    """The buffer with room for, and filled with, the new visual and text slots."""
-    used = visual + text
-    if not spare:
-        parts = [] if old is None else [old[:, :, :visual]]
-        parts += [] if new_visual is None else [new_visual]
-        parts += [] if old is None else [old[:, :, visual:used]]
-        return torch.cat([*parts, new_text], dim=2)
-    extra = 0 if new_visual is None else new_visual.shape[2]
-    needed = used + extra + new_text.shape[2]
-    frozen = old is not None and old.is_inference() and not torch.is_inference_mode_enabled()
-    if old is None or extra or needed > old.shape[2] or frozen:
-        batch, heads, width, dim = new_text.shape
-        # The visual region stays in front: it never grows while decoding, the text behind it does.
-        room = visual + extra + int(GROWTH * (text + width)) + SPARE
-        buffer = new_text.new_empty(batch, heads, room, dim)
-        if old is not None:
-            buffer[:, :, :visual] = old[:, :, :visual]
-            buffer[:, :, visual + extra : used + extra] = old[:, :, visual:used]
-        if new_visual is not None:
-            buffer[:, :, visual : visual + extra] = new_visual
-        old = buffer
-    old[:, :, used + extra : needed] = new_text
-    return old
 
 
 def refuse_foreign(cache: Any) -> None:
@@ -159,6 +44,7 @@ class VisualCache(DynamicCache):
     text_order, visual_order: (B, T) and (B, V) int64, the place of each slot in its row's sequence;
         -1 in empty slots.
     valid: (B, length) bool, False at padding.
+    gapless: nothing is padding, and in no row of the batch a slot is empty.
 
     These tensors lie on the CPU, where masks are made of them: a decode step that needs no mask
     then costs the device nothing. Made by `adopt`, which turns the caller's own cache object into
@@ -169,10 +55,38 @@ class VisualCache(DynamicCache):
     plan: PruningPlan
     length: int
     filling: bool
-    layout: VisualLayout
-    text_order: Tensor
-    visual_order: Tensor
     valid: Tensor
+    gapless: bool
+    _layouts: list[VisualLayout]
+    _orders: list[tuple[Tensor, Tensor]]
+
+    @property
+    def layout(self) -> VisualLayout:
+        if len(self._layouts) > 1:
+            self._layouts = [VisualLayout.joined(self._layouts)]
+        return self._layouts[0]
+
+    @property
+    def grids(self) -> tuple[tuple[Grid, ...], ...]:
+        return self._layouts[-1].grids
+
+    @property
+    def text_order(self) -> Tensor:
+        return self._joined_orders()[0]
+
+    @property
+    def visual_order(self) -> Tensor:
+        return self._joined_orders()[1]
+
+    @property
+    def visual_slots(self) -> int:
+        return sum(visual.shape[1] for _, visual in self._orders)
+
+    def _joined_orders(self) -> tuple[Tensor, Tensor]:
+        if len(self._orders) > 1:
+            text, visual = zip(*self._orders, strict=True)
+            self._orders = [(torch.cat(text, dim=1), torch.cat(visual, dim=1))]
+        return self._orders[0]
 
     @classmethod
     def adopt(
@@ -181,13 +95,13 @@ class VisualCache(DynamicCache):
         plan: PruningPlan,
         batch: int,
         valid: Tensor,
-        kv_heads: list[tuple[Tensor, Tensor]],
+        stored: list[tuple[StoredHeads, StoredHeads]],
     ) -> VisualCache:
         """The cache for a pass: `cache` itself, turned into a VisualCache, or a new one in place of
         None or a tuple.
 
-        What stock code cached there (text alone) is kept: `kv_heads` names for each layer the
-        key/value heads that the two stores hold, `valid` (B, past) bool tells its padding.
+        What stock code cached there (text alone) is kept: `stored` tells for each layer what the
+        two stores hold, `valid` (B, past) bool its padding.
 
         Raises ValueError for any other kind of cache object.
         """
@@ -202,19 +116,18 @@ class VisualCache(DynamicCache):
         # Python attributes only.
         cache.__class__ = cls
         cache.plan = plan
-        cache.stores = [(HeadStore(), HeadStore()) for _ in kv_heads]
+        cache.stores = [(HeadStore(a.paired), HeadStore(b.paired)) for a, b in stored]
         cache.length = past[0][0].shape[2] if past else 0
         cache.filling = False
-        cache.layout = VisualLayout.empty(batch, cache.length)
-        cache.valid = valid
+        cache.valid, cache.gapless = valid, bool(valid.all())
         places = torch.arange(cache.length, device="cpu").expand(batch, -1)
-        cache.text_order = places.masked_fill(~valid, -1)
-        cache.visual_order = places[:, :0]
-        for (keys, values), stores, heads in zip(past, cache.stores, kv_heads, strict=False):
-            for store, head in zip(stores, heads, strict=True):
-                if len(head):
-                    at = head.to(keys.device)
-                    store.append(keys.index_select(1, at), values.index_select(1, at))
+        cache._layouts = [VisualLayout.empty(batch, cache.length)]
+        cache._orders = [(places.masked_fill(~valid, -1), places[:, :0])]
+        for layer, stores, hold in zip(past, cache.stores, stored, strict=False):
+            both = torch.stack(layer)  # (2, B, K, past, D)
+            for store, of_store in zip(stores, hold, strict=True):
+                if len(of_store.heads):
+                    store.append(both.index_select(2, of_store.heads.to(both.device)))
         return cache
 
     def check(self, plan: PruningPlan, batch: int) -> None:
@@ -235,18 +148,22 @@ class VisualCache(DynamicCache):
                 "batch_select_indices or batch_repeat_interleave, or start again with None"
             )
 
-    def extend(
-        self, layout: VisualLayout, valid: Tensor, text_order: Tensor, visual_order: Tensor
-    ) -> None:
-        """Notes the tokens of a forward: `layout` and `valid` (B, length + n), orders (B, new
-        slots) of each kind.
-        """
+    def extend(self, layout: VisualLayout, valid: Tensor, text: Packing, visual: Packing) -> None:
+        """Notes the tokens of a forward: `layout` and `valid` (B, length + n), and the packings of
+        both kinds."""
         self.filling = True
-        self.layout = self.layout.then(layout)
+        # Put together once somebody asks: while plain text is decoded nobody does.
+        self._layouts.append(layout)
+        self._orders.append((text.order, visual.order))
+        even = text.gather is None and visual.gather is None
+        self.gapless = self.gapless and even and bool(valid[:, self.length :].all())
         self.valid = valid
-        self.text_order = torch.cat([self.text_order, text_order], dim=1)
-        self.visual_order = torch.cat([self.visual_order, visual_order], dim=1)
         self.length = valid.shape[1]
+
+    def drop_slots(self, count: int) -> None:
+        """Forgets the last `count` text slots, in which no row has a token."""
+        text, visual = self._orders.pop()
+        self._orders.append((text[:, : text.shape[1] - count], visual))
 
     def nbytes(self, visual_only: bool = False) -> int:
         """Bytes of all filled slots, or of the visual ones alone."""
@@ -314,10 +231,10 @@ class VisualCache(DynamicCache):
             for store in pair:
                 store.select(indices)
         indices = indices.cpu()
-        self.layout = self.layout.rows(indices)
-        self.valid, self.text_order, self.visual_order = (
-            x.index_select(0, indices) for x in (self.valid, self.text_order, self.visual_order)
-        )
+        self._layouts = [self.layout.rows(indices)]
+        self.valid = self.valid.index_select(0, indices)
+        text, visual = self._joined_orders()
+        self._orders = [(text.index_select(0, indices), visual.index_select(0, indices))]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(self.valid.shape[0]).repeat_interleave(repeats))

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
+from yopo.engine.layer_plan import LayerPlan
+
 # Where activations are made that take values one by one, and those that do not.
 _ACTIVATIONS = {"torch.nn.modules.activation", "transformers.activations"}
 _OF_SEVERAL = {"GLU", "LogSoftmax", "MultiheadAttention", "Softmax", "Softmax2d", "Softmin"}
 _ELEMENTWISE = (F.silu, F.gelu, F.relu, F.mish, torch.relu, torch.sigmoid, torch.tanh)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Attention(Protocol):
@@ -89,7 +91,7 @@ def is_watched(module: nn.Module) -> bool:
     attributes = vars(module)
     if "forward" in attributes or _has_any_global_hook():
         return True
-    return any(attributes.get(name) for name in _HOOKS)
+    return any(attributes.get(name) for name in HOOKS)
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -176,6 +178,28 @@ def to_heads(output: Tensor, count: int, head_dim: int) -> Tensor:
             "are split over processes (tensor parallelism), or were taken out. Load the model whole"
         )
     return output.unflatten(-1, (count, head_dim))
+
+
+def project_qkv(
+    attn: Attention, x: Tensor, n_text: int, plan: LayerPlan, head_dim: int
+) -> tuple[Tensor, Tensor | None]:
+    """x (N, d), text rows first → [queries | keys | values] of text rows, (Nt, H + 2 K, D), in the
+    layer's own order, and of visual rows, (Nv, H', D), those that the plan's visual_order names;
+    None where there are none."""
+    sliced = n_text < len(x)
+    linears = to_qkv(attn, x, sliced)
+    kv_heads = sum(map(len, plan.kv))
+    counts = plan.heads, kv_heads, kv_heads
+    if not sliced:
+        each = zip(linears, counts, strict=True)
+        return torch.cat([to_heads(linear(x), n, head_dim) for linear, n in each], dim=1), None
+    chosen = plan.visual_heads, *plan.visual_kv_heads
+    found = [
+        project_to_heads(linear, x, n_text, heads, n, head_dim)
+        for linear, heads, n in zip(linears, chosen, counts, strict=True)
+    ]
+    text, visual = zip(*found, strict=True)
+    return torch.cat(text, dim=1), torch.cat(visual, dim=1)
 
 
 def project_to_heads(

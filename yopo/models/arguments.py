@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from yopo.engine.layout import Grid, VisualLayout
 from yopo.engine.visual_cache import VisualCache, refuse_foreign
@@ -19,7 +20,7 @@ from yopo.models.exchange import named, stock_parameters
 from yopo.models.layers import layer_in, parts_in
 from yopo.models.shown import known_of, layout_of
 from yopo.plan.pruning_plan import PruningPlan
-from yopo.versions import CACHE_NAMES, sliding_window
+from yopo.versions import CACHE_FIELD, CACHE_NAMES, sliding_window
 
 # The name of an argument by which a wrapper around the model treats rows of the batch apart in this
 # call (peft_adapters.py): packed rows have no rows of the batch. None: there is none.
@@ -60,6 +61,15 @@ class Resolved:
     checkpointing: bool
     output_hidden_states: bool
     return_dict: bool
+
+    def answer(self, out: Tensor, hidden_states: list[Tensor] | None) -> Any:
+        """What the decoder returns: `out` (B, n, d), normed, and the layers' inputs."""
+        output = BaseModelOutputWithPast(
+            last_hidden_state=out,
+            hidden_states=None if hidden_states is None else (*hidden_states, out),
+            **{CACHE_FIELD: self.cache if self.keep_cache else None},
+        )
+        return output if self.return_dict else output.to_tuple()
 
 
 def resolve(
@@ -107,8 +117,8 @@ def resolve(
     places = given.get("position_ids")
     places = positions(places, batch, past, n, embeds.device, mask is not None)
     use_cache = _flag(given, "use_cache", decoder.config)
-    kv_heads = decoder._yopo_layer_plans.kv_heads()
-    adopted = VisualCache.adopt(cache, decoder.yopo_plan, batch, valid[:, :past], kv_heads)
+    stored = decoder._yopo_layer_plans.stored
+    adopted = VisualCache.adopt(cache, decoder.yopo_plan, batch, valid[:, :past], stored)
     return Resolved(
         layout=layout,
         valid=valid,
@@ -272,9 +282,10 @@ def refuse_split_image(plan: PruningPlan, layout: VisualLayout, cache: Any) -> N
         plan.windows == (None,) * plan.num_layers
         or plan.window_causal
         or not isinstance(cache, VisualCache)
+        or not layout.visual.any()
     ):
         return
-    for b, grids in enumerate(cache.layout.grids):
+    for b, grids in enumerate(cache.grids):
         last = layout.image[b, layout.visual[b]]
         if grids and bool((last == len(grids) - 1).any()):
             raise ValueError(

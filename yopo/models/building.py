@@ -4,9 +4,11 @@ refused by name. Plans for models in hand are attach.py's; who calls this, and w
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
@@ -14,6 +16,8 @@ from yopo.models import families
 from yopo.models.attach import apply
 from yopo.models.decoder import PrunedDecoder
 from yopo.models.exchange import derive, put
+from yopo.models.fused_weights import lay_all
+from yopo.models.fusing import fuse
 from yopo.models.layers import exchange_new
 from yopo.models.original_llava import instrument
 from yopo.models.parts import Parts, refuse_foreign
@@ -54,6 +58,25 @@ def prune_loaded(model: Any) -> None:
         parts.decoder.set_plan(plan)
     else:
         exchange_new(parts.decoder.layers)
+
+
+def fuse_loaded(model: Any, wanted: bool | None) -> None:
+    """Has a model that was loaded with a plan go by fused weights. They are laid together now, or,
+    where the model may still be moved to a GPU, at its first pass there. wanted: None: where it
+    can, unless YOPO_FUSE is 0; True: or else as `fuse` raises.
+
+    Raises ValueError for True where the model has no plan."""
+    if wanted:
+        fuse(model)
+    if wanted is not None or os.environ.get("YOPO_FUSE", "1") == "0":
+        return
+    for module in model.modules():
+        if isinstance(module, PrunedDecoder) and module.yopo_plan is not None:
+            module.yopo_fused = True
+            # At a later pass another thread might be reading the memory that is given up.
+            device = next(module.parameters()).device
+            if device.type != "cpu" or not torch.cuda.is_available():
+                lay_all(module)
 
 
 def _is_part_of_a_planned_one(model: Any) -> bool:

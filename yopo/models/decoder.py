@@ -14,21 +14,21 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from yopo.engine.forward import Run, prepare, run
+from yopo.engine.forward import Run, merge, prepare, run
 from yopo.engine.layer import LayerCall
 from yopo.engine.layer_plan import LayerPlans
 from yopo.engine.layout import Grid
 from yopo.models.arguments import resolve
 from yopo.models.exchange import Exchanged, derive, put, stock_method
 from yopo.models.functions import Functions
+from yopo.models.fused_weights import fused_layers, unfuse_decoder
 from yopo.models.known_layouts import unwatch_text, watch_text
 from yopo.models.layers import call_layer, exchange_layers, exchange_new, restore_layers
 from yopo.models.probe import probe
 from yopo.models.told import CALL
 from yopo.plan.pruning_plan import PruningPlan
-from yopo.versions import CACHE_FIELD, checkpoints_itself, nothing_captured, rope
+from yopo.versions import checkpoints_itself, nothing_captured, rope
 
 
 class PrunedDecoder(Exchanged):
@@ -36,14 +36,17 @@ class PrunedDecoder(Exchanged):
 
     yopo_plan: PruningPlan | None = None
     yopo_ffn_order: str | None = None  # which the FFN neurons are in, as the plan names it
+    yopo_fused: bool = False  # passes are to go by fused weights
     yopo_layout: str | None = None  # "released": what apply() was told of unknown embeddings
     _yopo_layer_plans: LayerPlans | None = None
+    _yopo_graphs: Any = None  # see graphs.py
     _yopo_known: Functions | None = None  # what the layers went by when they were probed
     _yopo_uncalled: tuple[str, ...] = ()  # what warn_of_uncalled has named
 
     def set_plan(self, plan: PruningPlan | None) -> None:
         """Prunes by `plan` from now on; None: as stock. Raises ValueError if it does not fit."""
         if plan is None:
+            unfuse_decoder(self)
             restore_layers(self.layers)
             self._yopo_layer_plans = self.yopo_plan = None
             _UNDER_PLAN.discard(self)
@@ -92,22 +95,24 @@ class PrunedDecoder(Exchanged):
             probe(self, PrunedDecoder)
         layout, valid, cache = called.layout, called.valid, called.cache
         past = cache.length
-        index = prepare(layout, valid, cache, self.yopo_plan)
+        fused = fused_layers(self, called.inputs_embeds) if self.yopo_fused else None
+        if self._yopo_graphs is not None:
+            out = self._yopo_graphs.run(self, called, fused)
+            if out is not None:
+                return called.answer(self.norm(out), None)
         embeds, plans = called.inputs_embeds, self._yopo_layer_plans
+        on_cpu = embeds.device.type == "cpu"
+        index = prepare(layout, valid, cache, self.yopo_plan, on_cpu)
         cos, sin = rope(self, embeds, called.position_ids, past + embeds.shape[1])
         hidden_states: list[Tensor] | None = [] if called.output_hidden_states else None
         call = partial(self._checkpointed, call_layer) if called.checkpointing else call_layer
         dropout = plans.dropout if self.training else 0.0
-        how = Run(call, called.keep_cache, dropout, hidden_states)
+        how = Run(call, called.keep_cache, dropout, hidden_states, fused)
         with nothing_captured():
             out = run(self.layers, plans, index, embeds, cos, sin, cache, how)
-        out = self.norm(out)
-        output = BaseModelOutputWithPast(
-            last_hidden_state=out,
-            hidden_states=None if hidden_states is None else (*hidden_states, out),
-            **{CACHE_FIELD: cache if called.keep_cache else None},
-        )
-        return output if called.return_dict else output.to_tuple()
+        if hidden_states is not None:
+            hidden_states = [merge(rows, index, embeds.shape) for rows in hidden_states]
+        return called.answer(self.norm(out), hidden_states)
 
     def _checkpointed(self, call: Any, layer: nn.Module, rows: Tensor, pruned: LayerCall) -> Tensor:
         """Calls a layer so that its activations are computed again in backward."""

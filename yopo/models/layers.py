@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yopo.engine.layer import LayerCall, attend_layer
-from yopo.engine.weights import gated_ffn
+from yopo.engine.fused import run_fused
+from yopo.engine.layer import LayerCall, attend
+from yopo.engine.weights import gated_ffn, project_from_heads, project_qkv
 from yopo.models.exchange import Exchanged, derive, original_of, put, stock_of
 from yopo.models.replaced import own_forward, refuse_replaced, settle, take_back
 from yopo.versions import attention_output, layer_returns_tuple
@@ -57,7 +58,11 @@ class PrunedLayer(_Part):
         if pruned is None:
             return own_forward(self, PrunedLayer)(*args, **kwargs)
         rows = _rows(args, kwargs)
-        n_text = len(pruned.shared.index.text)
+        if pruned.fused is not None:
+            rows = run_fused(pruned.fused, rows, pruned)
+            pruned.reached.by = PrunedLayer
+            return (rows,) if self.yopo_returns_tuple else rows
+        n_text = pruned.shared.n_text
         attended = self.self_attn(hidden_states=self.input_layernorm(rows), pruned=pruned)[0]
         if pruned.reached.by is not PrunedAttention:
             raise _not_reached(self.self_attn)
@@ -86,9 +91,13 @@ class PrunedAttention(_Part):
     def forward(self, *args: Any, pruned: LayerCall | None = None, **kwargs: Any) -> Any:
         if pruned is None:
             return own_forward(self, PrunedAttention)(*args, **kwargs)
-        out = attention_output(attend_layer(self, _rows(args, kwargs), pruned))
+        rows, plan, shared = _rows(args, kwargs), pruned.plan, pruned.shared
+        n_text = shared.n_text
+        text, visual = project_qkv(self, rows, n_text, plan, shared.head_dim)
+        text, visual = attend(text, visual, pruned, in_place=not torch.is_grad_enabled())
         pruned.reached.by = PrunedAttention
-        return out
+        out = project_from_heads(self.o_proj, text, visual, plan.visual_heads)
+        return attention_output(out)
 
 
 class PrunedFFN(_Part):
@@ -98,7 +107,7 @@ class PrunedFFN(_Part):
         if pruned is None:
             return own_forward(self, PrunedFFN)(*args, **kwargs)
         shared = pruned.shared
-        n_text = len(shared.index.text)
+        n_text = shared.n_text
         out = gated_ffn(self, _rows(args, kwargs), n_text, pruned.plan.neurons, shared.ffn_size)
         pruned.reached.by = PrunedFFN
         return out
@@ -112,10 +121,19 @@ def call_layer(layer: nn.Module, rows: Tensor, pruned: LayerCall) -> Tensor:
     """The layer, or what somebody wrapped it in, called with packed rows (N, d).
 
     Raises ValueError where that does not come to the pruned forward."""
+    if pruned.fused is not None and _is_called_by_us_alone(vars(layer)):
+        return run_fused(pruned.fused, rows, pruned)
     out = layer(rows, pruned=pruned)
     if pruned.reached.by is not PrunedLayer:
         raise _not_reached(layer)
     return out[0] if isinstance(out, tuple) else out
+
+
+def _is_called_by_us_alone(layer: Mapping[str, Any]) -> bool:
+    """Whether nothing but its forward happens when a module of these attributes is called."""
+    if layer["_forward_hooks"] or layer["_forward_pre_hooks"] or "forward" in layer:
+        return False
+    return not layer["_backward_hooks"] and layer.get("_compiled_call_impl") is None
 
 
 def _not_reached(module: nn.Module) -> ValueError:

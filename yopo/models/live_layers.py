@@ -223,7 +223,7 @@ def _pruned_output(
     valid = torch.ones(rows.shape[:2], dtype=torch.bool)
     visual = torch.zeros_like(valid)
     visual[:, 2:6] = True
-    cache = VisualCache.adopt(None, plan, 1, valid[:, :0], plans.kv_heads())
+    cache = VisualCache.adopt(None, plan, 1, valid[:, :0], plans.stored)
     index = prepare(VisualLayout.from_mask(visual), valid, cache, plan)
     layers = nn.ModuleList([layer])
     return run(layers, plans, index, rows, *angles, cache, Run(call_layer, keep_cache=False))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,10 +96,11 @@ def layout_of(
 ) -> VisualLayout:
     """The layout of the columns of this forward; `valid` (B, n) bool is False at padding."""
     batch, n = valid.shape
+    if known is None:  # text alone
+        text = VisualLayout.empty(batch, n)
+        return replace(text, grids=cache.grids) if isinstance(cache, VisualCache) else text
     before = cache.layout if isinstance(cache, VisualCache) else VisualLayout.empty(batch, past)
-    if known is None:
-        layout = VisualLayout.empty(batch, n).after(before)
-    elif isinstance(known, Call):
+    if isinstance(known, Call):
         layout = _from_user(known, before, past, n, batch)
     elif isinstance(known, int):
         layout = VisualLayout.from_released(valid, known)

@@ -1,0 +1,137 @@
+"""One decoder layer by fused weights: queries, keys and values of text rows are one product, so are
+gate and up; what a product gives is added to the rows in it, and nothing is called.
+
+The same attention as with live weights (layer.py), for passes without gradients. Which layers can
+go this way, and that they still can, models/fusing.py knows; no module is known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from yopo.engine.layer import LayerCall, attend
+
+
+@dataclass(frozen=True)
+class RMSNorm:
+    """weight (d,), eps."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return torch.rms_norm(rows, self.weight.shape, self.weight, self.eps)
+
+
+@dataclass(frozen=True)
+class Product:
+    """x @ weight.T + bias: weight (out, in), bias (out,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def added(self, rows: Tensor, x: Tensor) -> Tensor:
+        """rows with what x gives, in one product."""
+        out = torch.addmm(rows, x, self.weight.t())
+        return out if self.bias is None else out + self.bias
+
+    def of_rows(self, at: slice) -> Product:
+        return Product(self.weight[at], None if self.bias is None else self.bias[at])
+
+    def of_heads(self, heads: Tensor, head_dim: int) -> Product:
+        """The part that gives `heads` (H',)."""
+
+        def chosen(x: Tensor) -> Tensor:
+            return x.unflatten(0, (-1, head_dim)).index_select(0, heads).flatten(0, 1)
+
+        return Product(chosen(self.weight), None if self.bias is None else chosen(self.bias))
+
+    def from_heads(self, heads: Tensor, head_dim: int) -> Product:
+        """The part that takes `heads` (H',), the others being zero."""
+        weight = self.weight.unflatten(1, (-1, head_dim)).index_select(1, heads)
+        return Product(weight.flatten(1), self.bias)
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """The weights of a pre-norm decoder layer.
+
+    qkv: ((H + 2 K) D, d), queries, keys, values. o: (d, H D). gate_up: (2 I, d), all of gate, then
+    all of up. down: (d, I). act: elementwise.
+    """
+
+    before_attention: RMSNorm
+    qkv: Product
+    o: Product
+    before_ffn: RMSNorm
+    gate_up: Product
+    down: Product
+    act: Callable[[Tensor], Tensor]
+
+
+def run_fused(layer: FusedLayer, rows: Tensor, call: LayerCall) -> Tensor:
+    """A layer on rows (N, d), text first → all of them, or text rows alone where the layer leaves
+    visual ones as they are."""
+    rows = _attended(layer, rows, call)
+    n_text, plan = call.shared.n_text, call.plan
+    if call.slices_ffn:
+        return _sliced_ffn(layer, rows, n_text, plan.neurons or 0)
+    if plan.neurons == 0 and n_text < rows.shape[0]:
+        text, visual = rows.tensor_split([n_text])
+        return torch.cat([_ffn(layer, text), visual])
+    return _ffn(layer, rows)
+
+
+def _attended(layer: FusedLayer, rows: Tensor, call: LayerCall) -> Tensor:
+    plan, shared = call.plan, call.shared
+    n_text, dim = shared.n_text, shared.head_dim
+    x = layer.before_attention(rows)
+    if n_text == rows.shape[0]:
+        text, _ = attend(layer.qkv(x).view(n_text, plan.count, dim), None, call, in_place=True)
+        return layer.o.added(rows, text.flatten(1))
+    if plan.visual_order is None:
+        text, visual = layer.qkv(x).view(rows.shape[0], plan.count, dim).tensor_split([n_text])
+    else:
+        text = layer.qkv(x[:n_text]).view(n_text, plan.count, dim)
+        of_visual = layer.qkv.of_heads(plan.visual_order, dim)
+        visual = of_visual(x[n_text:]).view(shared.n_visual, sum(plan.visual_counts), dim)
+    text, out = attend(text, visual, call, in_place=True)
+    text = layer.o.added(rows[:n_text], text.flatten(1))
+    if not call.changes_visual:
+        return text
+    if out is None:
+        return torch.cat([text, rows[n_text:]])
+    heads = plan.visual_heads
+    o = layer.o if heads is None else layer.o.from_heads(heads, dim)
+    return torch.cat([text, o.added(rows[n_text:], out.flatten(1))])
+
+
+def _ffn(layer: FusedLayer, rows: Tensor) -> Tensor:
+    gate, up = layer.gate_up(layer.before_ffn(rows)).chunk(2, dim=-1)
+    return layer.down.added(rows, layer.act(gate) * up)
+
+
+def _sliced_ffn(layer: FusedLayer, rows: Tensor, n_text: int, neurons: int) -> Tensor:
+    """Of visual rows, from `n_text` on, only the first `neurons`. Each weight is read once: the
+    first neurons multiply all rows, the rest the text rows alone."""
+    x, of_all = layer.before_ffn(rows), layer.down.weight.shape[1]
+
+    def hidden(x: Tensor, first: int, stop: int) -> Tensor:
+        gate = layer.gate_up.of_rows(slice(first, stop))
+        up = layer.gate_up.of_rows(slice(of_all + first, of_all + stop))
+        return layer.act(gate(x)) * up(x)
+
+    down = layer.down
+    out = Product(down.weight[:, :neurons], down.bias).added(rows, hidden(x, 0, neurons))
+    if neurons < of_all:
+        rest = hidden(x[:n_text], neurons, of_all)
+        out[:n_text].addmm_(rest, down.weight[:, neurons:].t())
+    return out

@@ -1,0 +1,209 @@
+"""Keys and values of some heads of one layer, grown as tokens come. Tensors only: no plan, layout
+or attention here; visual_cache.py keeps those of all layers."""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GROWTH = (
+    1.5  # a full buffer is copied into one this much longer, so that a decode step copies no prefix
+)
+SPARE = 64
+
+
+@dataclass(frozen=True)
+class StoredHeads:
+    """What a store holds: its key/value heads, (H,), and whether of visual tokens it has as many
+    values as keys (all, or none)."""
+
+    heads: Tensor
+    paired: bool
+
+
+class HeadStore:
+    """Keys and values of some heads: a visual region in front, then text slots in order of arrival.
+
+    `keys` (B, H, Vk + T, D), `values` (B, H, Vv + T, D), where Vk and Vv are the visual slots
+    stored of each: all, or 0 where the plan never reads them. `paired`: Vk = Vv, and both lie in
+    one buffer, (2, B, H, V + T, D), so that one write adds both.
+    """
+
+    def __init__(self, paired: bool = True) -> None:
+        self._paired = paired
+        # Of keys and values together, or of each, (1, B, H, …, D). None until the first append.
+        # `| Any` and not `| None`: who reads a store has filled it, and every layer reads, so there
+        # is no check.
+        self._buffers: tuple[Tensor, ...] | Any = None
+        self.visual_keys = 0
+        self.visual_values = 0
+        self.text = 0
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """`keys` and `values`."""
+        if self._paired:
+            both = self._buffers[0].narrow(3, 0, self.visual_keys + self.text)
+            keys, values = both.unbind(0)
+            return keys, values
+        keys, values = self._buffers
+        first, second = self.visual_keys + self.text, self.visual_values + self.text
+        return keys[0].narrow(2, 0, first), values[0].narrow(2, 0, second)
+
+    def read_text(self) -> tuple[Tensor, Tensor]:
+        """`text_keys` and `text_values`."""
+        if self._paired:
+            both = self._buffers[0].narrow(3, self.visual_keys, self.text)
+            keys, values = both.unbind(0)
+            return keys, values
+        keys, values = self._buffers
+        first, second = self.visual_keys, self.visual_values
+        return keys[0].narrow(2, first, self.text), values[0].narrow(2, second, self.text)
+
+    @property
+    def keys(self) -> Tensor:
+        return self.read()[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self.read()[1]
+
+    @property
+    def text_keys(self) -> Tensor:
+        return self.read_text()[0]
+
+    @property
+    def text_values(self) -> Tensor:
+        return self.read_text()[1]
+
+    def append(self, text: Tensor, visual: Tensor | None = None, spare: bool = True) -> None:
+        """Adds `text` (2, B, H, slots, D), keys and values, and `visual` ones if given; (1, …) are
+        keys alone, unless the store is paired.
+
+        `spare=False` keeps no room for later tokens and writes nothing in place: the pass ends
+        here, or has gradients.
+        """
+        new = 0 if visual is None else visual.shape[3]
+        added = text.shape[3]
+        if self._paired and spare and not new and self._has_room(added):
+            self._buffers[0].narrow(3, self.visual_keys + self.text, added).copy_(text)
+            self.text += added
+            return
+        if self._paired:
+            old = (None,) if self._buffers is None else self._buffers
+            grown: tuple[Tensor, ...] = (
+                _grown(old[0], self.visual_keys, self.text, visual, text, spare),
+            )
+            self.visual_values += new
+        else:
+            old = (None, None) if self._buffers is None else self._buffers
+            keys = _grown(old[0], self.visual_keys, self.text, visual, text[:1], spare)
+            grown = keys, _grown(old[1], self.visual_values, self.text, None, text[1:], spare)
+        self._buffers = grown
+        self.visual_keys += new
+        self.text += added
+
+    def _has_room(self, added: int) -> bool:
+        if self._buffers is None:
+            return False
+        first = self._buffers[0]
+        frozen = first.is_inference() and not torch.is_inference_mode_enabled()
+        return self.visual_keys + self.text + added <= first.shape[3] and not frozen
+
+    def fork(self) -> HeadStore:
+        """A store with the same content, whose `append(spare=False)` leaves this one as it is."""
+        return copy(self)
+
+    def take(self, other: HeadStore) -> None:
+        """Holds what `other` holds."""
+        vars(self).update(vars(other))
+
+    def select(self, index: Tensor) -> None:
+        """Keeps the batch rows `index`, in that order (beams)."""
+        if self._buffers is not None:
+            self._buffers = tuple(x.index_select(1, index.to(x.device)) for x in self._buffers)
+
+    def nbytes(self, visual_only: bool = False) -> int:
+        """Bytes of the filled slots."""
+        if self._buffers is None:
+            return 0
+        slots = self.visual_keys + self.visual_values + (0 if visual_only else 2 * self.text)
+        slot = self._buffers[0][0, :, :, :1]
+        return slots * slot.numel() * slot.element_size()
+
+    def part(self) -> None:
+        """Gets a buffer of its own."""
+        self._buffers = tuple(buffer.clone() for buffer in self._buffers)
+
+    def allocated(self) -> int:
+        """Bytes of its buffers."""
+        buffers = self._buffers or ()
+        return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+
+
+class StaticStore(HeadStore):
+    """A paired store whose buffer never grows or moves, for steps that are captured: one more text
+    token is written at a slot that the device knows, and all slots are read, under a mask."""
+
+    def __init__(self, like: Tensor, heads: int, head_dim: int, slots: int, at: Tensor) -> None:
+        super().__init__()
+        # Zeros: what a mask hides must not be NaN either.
+        self._buffers = (like.new_zeros(2, like.shape[0], heads, slots, head_dim),)
+        self._at = at
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        keys, values = self._buffers[0].unbind(0)
+        return keys, values
+
+    read_text = read
+
+    def append(self, text: Tensor, visual: Tensor | None = None, spare: bool = True) -> None:
+        self._buffers[0].index_copy_(3, self._at, text)
+
+    def is_of(self, store: HeadStore) -> bool:
+        """Whether `store` keeps what it holds here."""
+        return store._buffers is not None and store._buffers[0] is self._buffers[0]
+
+    def hold(self, store: HeadStore) -> None:
+        """Takes over what `store` holds, which goes on from here."""
+        mine = self._buffers[0]
+        filled = store.visual_keys + store.text
+        mine.narrow(3, 0, filled).copy_(store._buffers[0].narrow(3, 0, filled))
+        mine.narrow(3, filled, mine.shape[3] - filled).zero_()
+        store._buffers = self._buffers
+
+
+def _grown(
+    old: Tensor | None,
+    visual: int,
+    text: int,
+    new_visual: Tensor | None,
+    new_text: Tensor,
+    spare: bool,
+) -> Tensor:
+    """The buffer (P, B, H, S, D) with room for, and filled with, the new visual and text slots."""
+    used = visual + text
+    if not spare:
+        parts = [] if old is None else [old[:, :, :, :visual]]
+        parts += [] if new_visual is None else [new_visual]
+        parts += [] if old is None else [old[:, :, :, visual:used]]
+        return torch.cat([*parts, new_text], dim=3)
+    extra = 0 if new_visual is None else new_visual.shape[3]
+    added = new_text.shape[3]
+    needed = used + extra + added
+    frozen = old is not None and old.is_inference() and not torch.is_inference_mode_enabled()
+    if old is None or extra or needed > old.shape[3] or frozen:
+        # The visual region stays in front: it never grows while decoding, the text behind it does.
+        room = visual + extra + int(GROWTH * (text + added)) + SPARE
+        buffer = new_text.new_empty(*new_text.shape[:3], room, new_text.shape[4])
+        if old is not None:
+            buffer[:, :, :, :visual] = old[:, :, :, :visual]
+            buffer[:, :, :, visual + extra : used + extra] = old[:, :, :, visual:used]
+        if new_visual is not None:
+            buffer[:, :, :, visual : visual + extra] = new_visual
+        old = buffer
+    old.narrow(3, used + extra, added).copy_(new_text)
+    return old

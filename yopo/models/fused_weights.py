@@ -1,0 +1,341 @@
+"""Fused weights: lays weights that a pass multiplies together side by side in memory (q, k, v;
+gate, up), so that one product does for them, and finds out before each pass whether they still lie
+so and nobody watches.
+
+The model's own parameters stay what they are, each in its place, shape and order: they are slices
+of what lies together. So whatever reads, writes, saves or adapts them does not notice, and stock's
+own forward computes with the same bits. A weight that was moved (by model.to, say) is laid with the
+others again. The arithmetic is engine/fused.py's.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain, repeat
+from operator import eq, is_
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
+
+from yopo.engine.fused import FusedLayer, Product, RMSNorm
+from yopo.engine.weights import HOOKS, activation, is_elementwise, is_plain, is_watched
+from yopo.models.exchange import original_of
+from yopo.models.layers import PrunedLayer
+from yopo.plan.config_fields import head_sizes
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NORMS, _EPS = ("input_layernorm", "post_attention_layernorm"), "variance_epsilon"
+_FUSED = "_yopo_laid"  # of a layer, and of a decoder all of whose layers have one: its _Held
+_LAYING = threading.Lock()
+# The forward that each class had which a fused layer does without; one replaced since is called.
+_FORWARDS: dict[type, Any] = {}
+
+
+def unfuse_decoder(decoder: Any) -> None:
+    for name in ("yopo_fused", "_yopo_graphs", _FUSED):
+        vars(decoder).pop(name, None)
+    for layer in decoder.layers:
+        held = vars(layer).pop(_FUSED, None)
+        if held is None or not held.conditions.hold():
+            continue
+        for parameter in held.laid:
+            parameter.data = parameter.data.clone()
+
+
+def fused_layers(decoder: Any, rows: Tensor) -> list[FusedLayer | None] | None:
+    """Each layer's weights for a pass over `rows`; None in place of those, or of all, that are to
+    be read live."""
+    if not decoder.yopo_fused or torch.is_grad_enabled() or _has_any_global_hook():
+        return None
+    if torch.is_autocast_enabled(rows.device.type):
+        return None
+    if any(cls.forward is not forward for cls, forward in _FORWARDS.items()):
+        return None
+    layers = tuple(decoder.layers)
+    whole = vars(decoder).get(_FUSED)
+    if whole is None or whole.layers != layers or not whole.conditions.hold():
+        each = [_held_by(decoder, layer) for layer in layers]
+        if None in each:
+            vars(decoder).pop(_FUSED, None)
+            return [held and held.weights[0] for held in each]
+        conditions = _Conditions.together([held.conditions for held in each])
+        weights = [held.weights[0] for held in each]
+        whole = vars(decoder)[_FUSED] = _Held(weights, (), conditions, layers)
+    return whole.weights if whole.weights[0].qkv.weight.dtype == rows.dtype else None
+
+
+def lay_all(decoder: Any) -> None:
+    """Lays together what can be, of a decoder whose passes are to go by fused weights."""
+    for layer in decoder.layers:
+        _held_by(decoder, layer)
+
+
+def _held_by(decoder: Any, layer: Any) -> _Held | None:
+    """What a layer has laid together, again where its weights were moved or it was changed. Says
+    once why one stays live."""
+    held = vars(layer).get(_FUSED)
+    if held is not None and held.conditions.hold():
+        return held
+    vars(layer).pop(_FUSED, None)
+    why = "the model is in training mode" if decoder.training else why_live(decoder, layer)
+    if why is None:
+        return lay(layer)
+    said = vars(decoder).setdefault("_yopo_said", set())
+    if why not in said:
+        said.add(why)
+        warnings.warn(f"weights of a layer are not fused, but read live: {why}", stacklevel=6)
+    return None
+
+
+@dataclass(frozen=True)
+class _Conditions:
+    """What must be as it was when weights were laid together. Asked at every pass, so it must cost
+    next to nothing.
+
+    children: dicts of modules, and what is in them. weights: dicts of parameters, their names, and
+    where their memory is. settings: dicts of attributes, names and values. modules: and their
+    classes. hooks: dicts that are empty while nobody looks on. attributes: of modules; a forward of
+    their own is not among them.
+    """
+
+    children: tuple[list[dict[str, Any]], list[tuple[Any, ...]]]
+    weights: tuple[list[dict[str, Any]], list[str], list[int]]
+    settings: tuple[list[dict[str, Any]], list[str], list[Any]]
+    modules: tuple[list[nn.Module], list[type]]
+    hooks: list[dict[int, Any]]
+    attributes: list[dict[str, Any]]
+
+    def hold(self) -> bool:
+        holders, inside = self.children
+        parameters, names, at = self.weights
+        where, settings, values = self.settings
+        modules, classes = self.modules
+        try:
+            pointers = map(Tensor.data_ptr, map(dict.__getitem__, parameters, names))
+            return (
+                not any(self.hooks)
+                and not any(map(dict.__contains__, self.attributes, repeat("forward")))
+                and all(map(eq, map(tuple, map(dict.values, holders)), inside))
+                and all(map(is_, map(type, modules), classes))
+                and all(map(is_, map(dict.get, where, settings), values))
+                and all(map(eq, pointers, at))
+            )
+        except (KeyError, TypeError):  # a weight was taken out
+            return False
+
+    @classmethod
+    def together(cls, each: Sequence[_Conditions]) -> _Conditions:
+        def chained(lists: Iterable[list[Any]]) -> list[Any]:
+            return list(chain.from_iterable(lists))
+
+        def columns(tables: Iterable[tuple[list[Any], ...]]) -> Any:
+            return tuple(map(chained, zip(*tables, strict=True)))
+
+        return cls(
+            children=columns(one.children for one in each),
+            weights=columns(one.weights for one in each),
+            settings=columns(one.settings for one in each),
+            modules=columns(one.modules for one in each),
+            hooks=chained(one.hooks for one in each),
+            attributes=chained(one.attributes for one in each),
+        )
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Fused weights: of a layer, or of each of a decoder's `layers`. laid: the parameters that lie
+    together. A copy of a model, or one from a pickle, has None in its place."""
+
+    weights: Sequence[FusedLayer]
+    laid: tuple[nn.Parameter, ...]
+    conditions: _Conditions
+    layers: tuple[nn.Module, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+REMEDY = (
+    "Keep it live (YOPO_FUSE=0; fuse=False where it is loaded), or take that off before yopo.fuse"
+)
+
+
+def why_live(decoder: Any, layer: nn.Module) -> str | None:
+    """Why a layer's weights cannot be fused; None: they can."""
+    if not hasattr(F, "rms_norm"):
+        return f"torch {torch.__version__} has no rms_norm"
+    if not isinstance(layer, PrunedLayer):
+        return f"it is in a {type(layer).__name__}"
+    attn, mlp = layer._modules["self_attn"], layer._modules["mlp"]
+    for module in (layer, attn, mlp):
+        if not original_of(type(module)).__module__.startswith("transformers."):
+            return f"{type(module).__name__} is not transformers' own"
+    for name, module in _named_parts(layer):
+        forward = type(module).forward
+        if _FORWARDS.setdefault(type(module), forward) is not forward:
+            return f"the forward of {type(module).__name__} was replaced"
+        if "norm" in name and not _is_rms_norm(type(module)):
+            return f"its {name} is a {type(module).__name__}"
+        if name.endswith("_proj") and type(module) is not nn.Linear:
+            return f"its {name} is a {type(module).__name__} (an adapter, or quantised)"
+        if is_watched(module):
+            return f"its {name} is watched: it has hooks, or a forward of its own"
+        if name.endswith("_proj") and not is_plain(module):
+            return f"the weights of its {name} are sharded, quantised or not here"
+    if not is_elementwise(activation(mlp)):
+        return f"its activation is a {type(activation(mlp)).__name__}"
+    return _odd_weights(decoder, layer)
+
+
+def _odd_weights(decoder: Any, layer: nn.Module) -> str | None:
+    weights = [p for _, m in _named_parts(layer) for p in m.parameters(recurse=False)]
+    kinds = {(p.dtype, p.device) for p in weights}
+    if len(kinds) > 1 or weights[0].dtype not in _FLOATS:
+        return (
+            f"its weights are of several kinds, or not of floating point: {sorted(map(str, kinds))}"
+        )
+    if any(p.untyped_storage().nbytes() > p.numel() * p.element_size() for p in weights):
+        return "its weights are slices of somebody's larger tensor"
+    if any(p.device.type == "cpu" and p.is_shared() for p in weights):
+        return "its weights are in memory shared with other processes"
+    for group in _groups(layer):
+        if len({linear.bias is None for linear in group}) > 1:
+            return "some of its projections that belong together have a bias, and some have none"
+    heads, kv_heads, head_dim = head_sizes(decoder.config)
+    rows = [sum(linear.weight.shape[0] for linear in group) for group in _groups(layer)]
+    if rows != [(heads + 2 * kv_heads) * head_dim, 2 * decoder.config.intermediate_size]:
+        return f"its projections have {rows} rows, which is not what the config says"
+    return None
+
+
+def refuse_shared(decoder: Any) -> None:
+    seen: set[int] = set()
+    for layer in decoder.layers:
+        mine = {id(parameter) for parameter in layer.parameters()}
+        if seen & mine:
+            raise ValueError(f"two layers have a weight in common, which cannot be fused. {REMEDY}")
+        seen |= mine
+
+
+def _groups(layer: Any) -> tuple[list[nn.Linear], list[nn.Linear]]:
+    """The projections whose weights belong together: to queries, keys and values; gate and up."""
+    attn, mlp = layer._modules["self_attn"]._modules, layer._modules["mlp"]._modules
+    qkv = ["qkv_proj"] if "qkv_proj" in attn else ["q_proj", "k_proj", "v_proj"]
+    gate_up = ["gate_up_proj"] if "gate_up_proj" in mlp else ["gate_proj", "up_proj"]
+    return [attn[name] for name in qkv], [mlp[name] for name in gate_up]
+
+
+def _named_parts(layer: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that a fused layer does without."""
+    attn, mlp = layer._modules["self_attn"], layer._modules["mlp"]
+    yield "self_attn", attn
+    yield "mlp", mlp
+    for part in (attn, mlp):
+        yield from ((n, m) for n, m in part._modules.items() if n.endswith("_proj"))
+    act = activation(mlp)
+    if isinstance(act, nn.Module):
+        yield "activation", act
+    for name in _NORMS:
+        yield name, layer._modules[name]
+
+
+@cache
+def _is_rms_norm(cls: type) -> bool:
+    """Whether a norm of this class is F.rms_norm by its weight and variance_epsilon."""
+    if not cls.__module__.startswith("transformers."):
+        return False
+    x, weight = torch.linspace(-2, 3, 12, device="cpu").view(2, 6) ** 3, torch.linspace(0.5, 2, 6)
+    norm = SimpleNamespace(weight=weight.to("cpu"), variance_epsilon=0.1)
+    try:
+        found = cls.forward(norm, x)
+    except Exception:  # a norm with other parts
+        return False
+    return torch.allclose(found, F.rms_norm(x, (6,), norm.weight, 0.1), atol=1e-6)
+
+
+def lay(layer: Any) -> _Held:
+    """Lays a layer's weights together, unless another thread has just done it."""
+    with _LAYING, torch.inference_mode(False), torch.no_grad():
+        held = vars(layer).get(_FUSED)
+        if held is not None and held.conditions.hold():
+            return held
+        (qkv, qkv_laid), (gate_up, gate_up_laid) = map(_side_by_side, _groups(layer))
+        parts = dict(_named_parts(layer))
+        norms = [RMSNorm(parts[n].weight.data, parts[n].variance_epsilon) for n in _NORMS]
+        o, down = (Product(*_data(parts[name])) for name in ("o_proj", "down_proj"))
+        act = parts.get("activation", F.silu)
+        weights = FusedLayer(
+            before_attention=norms[0],
+            qkv=qkv,
+            o=o,
+            before_ffn=norms[1],
+            gate_up=gate_up,
+            down=down,
+            act=F.silu if type(act) is nn.SiLU else act,
+        )
+        held = _Held([weights], (*qkv_laid, *gate_up_laid), _conditions(layer))
+        vars(layer)[_FUSED] = held
+        return held
+
+
+def _conditions(layer: Any) -> _Conditions:
+    modules = [module for _, module in _named_parts(layer)]
+    holders = [module for module in (layer, *modules) if module._modules]
+    weights = [
+        (module._parameters, name, parameter.data_ptr())
+        for module in modules
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    norms = [vars(layer._modules[name]) for name in _NORMS]
+    return _Conditions(
+        children=(
+            [module._modules for module in holders],
+            [tuple(module._modules.values()) for module in holders],
+        ),
+        weights=_in_columns(weights),
+        settings=(norms, [_EPS] * len(norms), [norm[_EPS] for norm in norms]),
+        modules=(modules, list(map(type, modules))),
+        hooks=[vars(module)[name] for module in modules for name in HOOKS],
+        attributes=list(map(vars, modules)),
+    )
+
+
+def _in_columns(rows: list[tuple[Any, ...]]) -> Any:
+    return tuple(map(list, zip(*rows, strict=True)))
+
+
+def _data(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    return linear.weight.data, None if linear.bias is None else linear.bias.data
+
+
+def _side_by_side(linears: Sequence[nn.Linear]) -> tuple[Product, tuple[nn.Parameter, ...]]:
+    """One product for several linears of one input, whose parameters become slices of its own."""
+    if len(linears) == 1:
+        return Product(*_data(linears[0])), ()
+    weights = [linear.weight for linear in linears]
+    biases = [linear.bias for linear in linears]
+    whole = _laid(weights)
+    return Product(whole, None if biases[0] is None else _laid(biases)), (
+        *weights,
+        *(bias for bias in biases if bias is not None),
+    )
+
+
+def _laid(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Parameters one after the other, in memory that is theirs from now on."""
+    whole = torch.cat([parameter.data for parameter in parameters])
+    slices = whole.split([len(parameter) for parameter in parameters])
+    for parameter, part in zip(parameters, slices, strict=True):
+        # By DLPack each slice gets a storage of its own over the same memory: who saves or shares
+        # tensors by their storages takes them for what they are, weights apart.
+        parameter.data = torch.from_dlpack(part)
+    return whole
