@@ -17,7 +17,7 @@ from yopo.models.attach import apply
 from yopo.models.decoder import PrunedDecoder
 from yopo.models.exchange import derive, put
 from yopo.models.fused_weights import lay_all
-from yopo.models.fusing import fuse
+from yopo.models.fusing import can_fuse, fuse
 from yopo.models.layers import exchange_new
 from yopo.models.original_llava import instrument
 from yopo.models.parts import Parts, refuse_foreign
@@ -68,7 +68,7 @@ def fuse_loaded(model: Any, wanted: bool | None) -> None:
     Raises ValueError for True where the model has no plan."""
     if wanted:
         fuse(model)
-    if wanted is not None or os.environ.get("YOPO_FUSE", "1") == "0":
+    if wanted is not None or os.environ.get("YOPO_FUSE", "1") == "0" or not can_fuse():
         return
     for module in model.modules():
         if isinstance(module, PrunedDecoder) and module.yopo_plan is not None:
