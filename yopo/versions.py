@@ -28,6 +28,7 @@ __all__ = [
     "auto_tokenizer_ignores_class",
     "checkpoints_itself",
     "clear_dynamic_cache",
+    "crop_counts_removed",
     "has_families",
     "is_compiling",
     "layer_returns_tuple",
@@ -186,6 +187,13 @@ def sliding_window(config: Any) -> int | None:
 
 
 # -------------------------------------------------------------------------------------- caches
+
+
+@cache
+def crop_counts_removed() -> bool:
+    """Whether a cache's crop is told how many tokens go (from 5 on), and not how many stay."""
+    crop = getattr(DynamicCache, "crop", None)
+    return crop is not None and "tokens_to_remove" in inspect.signature(crop).parameters
 
 
 def read_stock_cache(cache: Any) -> list[tuple[Tensor, Tensor]]:

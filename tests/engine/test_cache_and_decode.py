@@ -34,6 +34,7 @@ from layouts import (
 from oracle import extended, oracle_forward
 from torch import Tensor
 
+import yopo
 from yopo import apply, plan_of
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import DynamicCache
@@ -529,3 +530,45 @@ def test_a_refused_call_leaves_the_callers_cache_alone() -> None:
     with pytest.raises(ValueError, match="start anew"):
         model(**(case.kwargs() | wrong), past_key_values=cache)
     assert type(cache) is DynamicCache
+
+
+@pytest.mark.parametrize("way", ["live", "fused", "graphed"])
+@pytest.mark.parametrize("mass", MASS)
+def test_a_cropped_cache_goes_on_as_if_what_came_after_had_never_been(
+    mass: tuple[str, str], way: str
+) -> None:
+    model, case = build(SHAPE, a_plan(*mass)), left_padded()
+    if way != "live":
+        model = getattr(yopo, {"fused": "fuse"}.get(way, way))(model)
+    mask = case.valid.long()
+
+    def go_on(past: Any, tokens: list[int]) -> Tensor:
+        ids = torch.tensor([tokens] * len(mask))
+        longer = torch.cat([mask, torch.ones_like(ids)], 1)
+        given = {"input_ids": ids, "attention_mask": longer, "past_key_values": past}
+        with torch.no_grad():
+            return model(**given, use_cache=True).logits
+
+    with torch.no_grad():
+        past = model(**case.kwargs(), use_cache=True).past_key_values
+    length, held = past.length, past.nbytes()
+    first = go_on(past, [1, 2, 3])
+    for removed in (-3, length):
+        past.crop(removed)
+        assert (past.length, past.nbytes()) == (length, held)
+        assert torch.allclose(go_on(past, [1, 2, 3]), first, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_crop_takes_whole_images_with_it_and_cuts_none() -> None:
+    rows = [[("text", 2), ("image", 2, 2, False), ("text", 1), ("image", 3, 3, False), ("text", 2)]]
+    model, case = build(SHAPE, a_plan("exact", "exact")), make_case(rows, SHAPE.heads * 8)
+    whole = model(**case.kwargs(), use_cache=True)
+    past = whole.past_key_values
+    for inside in (4, 9):
+        with pytest.raises(ValueError, match="would cut an image"):
+            past.crop(inside)
+    past.crop(7)
+    assert past.grids == (((2, 2),),) and past.visual_slots == 4
+    rest = columns(case, 7, case.shape[1], past, [[(3, 3)]])
+    assert torch.allclose(model(**rest).logits, whole.logits[:, 7:], atol=1e-5)

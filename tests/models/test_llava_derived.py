@@ -466,15 +466,20 @@ def test_in_every_mode(model: Any, mode: Any) -> None:
 
 
 @torch.no_grad()
-def test_assisted_generation_is_refused(model: Any, tmp_path: Path) -> None:
+def test_prompt_lookup_gives_the_same_tokens_or_is_refused(model: Any, tmp_path: Path) -> None:
     dense = load(random_llava.make(tmp_path))[0]
-    how = dict(HOW, images=pixels(1), prompt_lookup_num_tokens=2)
+    plain = dict(HOW, images=pixels(1))
+    how = plain | {"prompt_lookup_num_tokens": 2}
     try:
         dense.generate(IDS, **how)
     except (IndexError, ValueError) as error:
         pytest.skip(f"this transformers cannot do it from embeddings: {error}")
-    with pytest.raises(ValueError, match=r"can(not)? be cropped"):
-        model.generate(IDS, **how)
+    try:
+        found = model.generate(IDS, **how)
+    except ValueError as error:  # up to 4.57 what is to stay is counted without the image
+        assert "would cut an image" in str(error)
+        return
+    assert torch.equal(found, model.generate(IDS, **plain))
 
 
 # --------------------------------------------------------------------------- threads and copies

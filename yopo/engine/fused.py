@@ -101,8 +101,9 @@ def _attended(layer: FusedLayer, rows: Tensor, call: LayerCall) -> Tensor:
         text, visual = layer.qkv(x).view(rows.shape[0], plan.count, dim).tensor_split([n_text])
     else:
         text = layer.qkv(x[:n_text]).view(n_text, plan.count, dim)
-        of_visual = layer.qkv.of_heads(plan.visual_order, dim)
-        visual = of_visual(x[n_text:]).view(shared.n_visual, sum(plan.visual_counts), dim)
+        # The weights of these heads are gathered, and let go at once.
+        visual = layer.qkv.of_heads(plan.visual_order, dim)(x[n_text:])
+        visual = visual.view(shared.n_visual, sum(plan.visual_counts), dim)
     text, out = attend(text, visual, call, in_place=True)
     text = layer.o.added(rows[:n_text], text.flatten(1))
     if not call.changes_visual:

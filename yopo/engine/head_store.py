@@ -121,6 +121,20 @@ class HeadStore:
         """Holds what `other` holds."""
         vars(self).update(vars(other))
 
+    def keep(self, visual: int, text: int) -> None:
+        """Forgets all slots but the first `visual` and the first `text` ones."""
+        if self._buffers is None:
+            return
+        counts = [self.visual_keys, self.visual_values][: len(self._buffers)]
+        if any(count > visual for count in counts):  # then the text moves up
+            self._buffers = tuple(
+                torch.cat([x.narrow(3, 0, min(visual, n)), x.narrow(3, n, text)], dim=3)
+                for x, n in zip(self._buffers, counts, strict=True)
+            )
+        self.visual_keys = min(self.visual_keys, visual)
+        self.visual_values = min(self.visual_values, visual)
+        self.text = min(self.text, text)
+
     def select(self, index: Tensor) -> None:
         """Keeps the batch rows `index`, in that order (beams)."""
         if self._buffers is not None:

@@ -146,6 +146,20 @@ class VisualLayout:
         visual, image, row, col = taken
         return VisualLayout(visual, image, row, col, self.grids)
 
+    def first(self, width: int) -> VisualLayout:
+        """The first columns, with the grids of the images in them."""
+        left = self.columns(0, width)
+        counts = left.image.amax(1).add(1).tolist() if width else [0] * len(self.grids)
+        grids = tuple(row[:count] for row, count in zip(self.grids, counts, strict=True))
+        return VisualLayout(left.visual, left.image, left.row, left.col, grids)
+
+    def cuts_an_image(self, whole: VisualLayout) -> bool:
+        """Whether this, the first columns of `whole`, ends within an image: of its last one there
+        is more in the others."""
+        rest = whole.image[:, self.shape[1] :]
+        last = torch.tensor([[len(grids) - 1] for grids in self.grids], device="cpu")
+        return bool(((rest == last) & (last >= 0)).any())
+
     @classmethod
     def joined(cls, layouts: Sequence[VisualLayout]) -> VisualLayout:
         """Layouts one after the other, the grids of each of which go on from those before."""

@@ -16,7 +16,13 @@ from yopo.engine.head_store import HeadStore, StoredHeads
 from yopo.engine.layout import Grid, VisualLayout
 from yopo.engine.packing import Packing
 from yopo.plan.pruning_plan import PruningPlan
-from yopo.versions import DynamicCache, clear_dynamic_cache, no_maximum, read_stock_cache
+from yopo.versions import (
+    DynamicCache,
+    clear_dynamic_cache,
+    crop_counts_removed,
+    no_maximum,
+    read_stock_cache,
+)
 
 
 def refuse_foreign(cache: Any) -> None:
@@ -213,7 +219,7 @@ class VisualCache(DynamicCache):
 
     @property
     def is_croppable(self) -> bool:
-        return False
+        return True
 
     @property
     def batch_size(self) -> int:
@@ -249,11 +255,32 @@ class VisualCache(DynamicCache):
     def reset(self) -> None:
         raise ValueError("a cache filled by a pruned pass cannot be reset: take a new DynamicCache")
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(
-            "a cache filled by a pruned pass cannot be cropped (assisted generation and prompt "
-            "lookup do that): generate without assistant_model or prompt_lookup_num_tokens"
-        )
+    def crop(self, max_length: int) -> None:
+        """Forgets the last -max_length tokens of each row, or all but the first `max_length`
+        (assisted generation, prompt lookup, going on from one prompt several times). 0: as
+        transformers takes it, none of them, or up to 4.57 all.
+
+        Raises ValueError where that would cut an image: its tokens saw each other.
+        """
+        if max_length == 0 and crop_counts_removed():
+            return
+        length = max_length if max_length >= 0 else max(0, self.length + max_length)
+        if length >= self.length:
+            return
+        left = self.layout.first(length)
+        if left.cuts_an_image(self.layout):
+            raise ValueError(
+                f"crop({max_length}) would cut an image in the cache of {self.length} tokens, "
+                "whose tokens saw each other: crop before or after it, or start again with None"
+            )
+        text, visual = (order.masked_fill(order >= length, -1) for order in self._joined_orders())
+        text_slots, visual_slots = _used(text), _used(visual)
+        for store in (store for pair in self.stores for store in pair):
+            store.keep(visual_slots, text_slots)
+        self._orders = [(text[:, :text_slots], visual[:, :visual_slots])]
+        self._layouts, self.valid, self.length = [left], self.valid[:, :length], length
+        orders = torch.cat(self._orders[0], dim=1)
+        self.gapless = bool((orders >= 0).all()) and bool(self.valid.all())
 
     def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         raise TypeError(
@@ -268,3 +295,9 @@ class VisualCache(DynamicCache):
     # generate() of 4.42 to 4.47 asks for this before it converts to tuples, which cannot hold
     # uneven layers.
     to_legacy_cache = None
+
+
+def _used(order: Tensor) -> int:
+    """How many slots (B, S) there are up to the last that a row has a token in."""
+    used = (order >= 0).any(0).nonzero()
+    return int(used.max()) + 1 if len(used) else 0

@@ -58,10 +58,12 @@ class PrunedCausalLM(Exchanged):
         whole = kwargs.get("images") is None  # LLaVA has yet to put features between these tokens
         if whole and mask is not None and tokens is not None and mask.shape != tokens.shape[:2]:
             raise ValueError(other_shape(mask, *tokens.shape[:2]))
-        if mask is not None and kwargs.get("assistant_model") is not None:
+        assistant = kwargs.get("assistant_model")
+        if not (mask is None or assistant is None or isinstance(assistant, PrunedCausalLM)):
             raise ValueError(
-                "assistant_model is given with visual_mask: assisted generation crops the cache, "
-                "but one filled by a pruned pass cannot be cropped: generate without it"
+                "assistant_model is given with visual_mask, which a "
+                f"{type(assistant).__name__} without a plan does not take: apply one to it, too, "
+                "or generate with prompt_lookup_num_tokens"
             )
         return stock(*args, **kwargs)
 
