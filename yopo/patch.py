@@ -12,6 +12,7 @@ adapters, once peft is imported, is in peft_adapters.py, with saved configs in s
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -53,7 +54,8 @@ def enable() -> None:
 
     @functools.wraps(stock["from_pretrained"].__func__)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        fuse = kwargs.pop("fuse", None) if _stock else None
+        theirs = "fuse" in inspect.signature(cls.__init__).parameters
+        fuse = kwargs.pop("fuse", None) if _stock and not theirs else None
         with looked_for(kwargs):
             loaded = stock["from_pretrained"].__get__(None, cls)(*args, **kwargs)
             if _stock:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -572,3 +573,25 @@ def test_a_crop_takes_whole_images_with_it_and_cuts_none() -> None:
     assert past.grids == (((2, 2),),) and past.visual_slots == 4
     rest = columns(case, 7, case.shape[1], past, [[(3, 3)]])
     assert torch.allclose(model(**rest).logits, whole.logits[:, 7:], atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["live", "fused", "graphed"])
+@pytest.mark.parametrize("hidden", [0, 3])
+def test_a_mask_that_hides_what_was_seen_counts_in_a_step(way: str, hidden: int) -> None:
+    """Column 0 is text, column 3 of an image."""
+    rows = [[("text", 2), ("image", 2, 2, False), ("text", 3)]]
+    case, shape = make_case(rows, SHAPE.heads * 8), replace(SHAPE, kv_heads=SHAPE.heads)
+    model = build(shape, a_plan("drop", "drop"))
+    if way != "live":
+        model = getattr(yopo, {"fused": "fuse"}.get(way, way))(model)
+    past = model(**case.kwargs(), use_cache=True).past_key_values
+    mask = torch.ones(1, case.shape[1] + 1, dtype=torch.long)
+    found = []
+    for shown in (0, 1, 0):
+        mask[:, hidden] = shown
+        step = {"input_ids": torch.tensor([[1]]), "attention_mask": mask}
+        found.append(model(**step, past_key_values=past).logits)
+        past.crop(-1)
+    assert torch.allclose(found[0], found[2], atol=1e-6)
+    assert (found[0] - found[1]).abs().max() > 1e-2

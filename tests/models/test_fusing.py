@@ -8,6 +8,7 @@ import io
 import pickle
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,13 @@ def test_saved_while_fused_and_loaded_again(case: Case, tmp_path: Path) -> None:
         lambda m: m.double().float(),
         lambda m: setattr(m.model.layers[0].input_layernorm, "variance_epsilon", 0.5),
         lambda m: m.model.layers[0].self_attn.o_proj.weight.data.zero_(),
+        lambda m: setattr(m.model.layers[0].self_attn.q_proj, "bias", nn.Parameter(torch.ones(32))),
+        lambda m: setattr(m.model.layers[0].mlp.down_proj, "bias", nn.Parameter(torch.ones(32))),
+        lambda m: setattr(
+            m.model.layers[0].self_attn.q_proj.weight,
+            "data",
+            m.model.layers[0].self_attn.q_proj.weight.data.t(),
+        ),
     ],
 )
 def test_whatever_is_done_to_a_weight_counts(change: Callable[[Any], Any], case: Case) -> None:
@@ -272,6 +280,77 @@ def test_a_copy_has_weights_of_its_own(copied: Callable[[Any], Any], case: Case)
         for parameter in model.parameters():
             parameter.zero_()
     assert torch.allclose(logits(twin, case), expected, atol=1e-5)
+
+
+def test_what_was_moved_is_not_held_where_it_was() -> None:
+    model = fused_model()
+    whole = weakref.ref(model.model.layers[0]._yopo_laid.weights[0].qkv.weight)
+    model.double()
+    assert whole() is None
+
+
+def test_unfuse_in_inference_mode_leaves_weights_that_can_be_trained(case: Case) -> None:
+    model = fused_model()
+    with torch.inference_mode():
+        yopo.unfuse(model)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    model(**case.kwargs(), use_cache=False).logits.sum().backward()
+
+
+def test_unfuse_parts_weights_that_are_watched_too() -> None:
+    model = fused_model()
+    attn = model.model.layers[0].self_attn
+    attn.q_proj.register_forward_hook(lambda *_: None)
+    yopo.unfuse(model)
+    end = attn.q_proj.weight.data_ptr() + 4 * attn.q_proj.weight.numel()
+    assert attn.k_proj.weight.data_ptr() != end
+
+
+def test_a_linear_whose_forward_somebody_replaced_is_called(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, seen = nn.Linear.forward, []
+
+    def counted(self: nn.Linear, x: Tensor) -> Tensor:
+        seen.append(1)
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    model = build(SHAPE, a_plan())
+    with pytest.raises(ValueError, match="the forward of Linear is"):
+        yopo.fuse(model)
+    model.model.yopo_fused = True
+    with pytest.warns(UserWarning, match="the forward of Linear is"):
+        logits(model, case)
+    assert len(seen) > 3
+
+
+def test_under_vmap_weights_are_read_live(case: Case) -> None:
+    model = fused_model()
+    named = {n: torch.stack([p, 2 * p]) for n, p in model.named_parameters() if "q_proj" in n}
+
+    def run(values: dict[str, Tensor]) -> Tensor:
+        given = {**case.kwargs(), "use_cache": False}
+        return torch.func.functional_call(model, values, (), given).logits
+
+    with torch.no_grad():
+        both = torch.func.vmap(run)(named)
+        assert torch.allclose(both[0], logits(yopo.unfuse(model), case), atol=1e-5)
+
+
+def test_an_argument_fuse_of_somebody_s_own_class_stays_theirs(tmp_path: Path) -> None:
+    import yopo.patch
+
+    cls = type(build(SHAPE))
+
+    class Own(cls):
+        def __init__(self, config: Any, fuse: bool = True) -> None:
+            super().__init__(config)
+            self.fuse = fuse
+
+    build(SHAPE).save_pretrained(tmp_path)
+    with yopo.patch.patched():
+        assert Own.from_pretrained(tmp_path, fuse=False).fuse is False
 
 
 def test_weights_that_are_slices_of_somebody_s_tensor_stay_there(case: Case) -> None:

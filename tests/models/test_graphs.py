@@ -205,3 +205,33 @@ def test_what_was_captured_goes_with_the_last_who_needs_it_not_with_the_garbage(
         assert not any(one() for one in held) and whole() is None
     finally:
         gc.enable()
+
+
+def test_with_a_hook_on_a_layer_or_in_training_mode_nothing_is_captured(ran: list[int]) -> None:
+    case, seen = make_case(ROWS, SHAPE.heads * 8), []
+    model = yopo.graphed(build(SHAPE, plan_with("drop")))
+    hook = model.model.layers[1].register_forward_hook(
+        lambda _, args, out: seen.append(len(args[0]))
+    )
+    expected = decoded(build(SHAPE, plan_with("drop")), case)
+    assert near(decoded(model, case), expected)
+    assert seen == [int(case.valid.sum())] + 6 * [1] and ran == [0]
+    hook.remove()
+    decoded(model.train(), case)
+    assert ran == [0] and not captured(model)
+    decoded(model.eval(), case)
+    assert ran == [6]
+
+
+def test_a_hook_may_call_the_model_again() -> None:
+    case, again = make_case(ROWS, SHAPE.heads * 8), []
+    model = yopo.graphed(build(SHAPE, plan_with("drop")))
+
+    def hook(*_: Any) -> None:
+        if not again:
+            again.append(1)
+            model(**case.kwargs(), use_cache=True)
+
+    model.model.layers[0].register_forward_hook(hook)
+    assert near(decoded(model, case), decoded(build(SHAPE, plan_with("drop")), case))
+    assert again

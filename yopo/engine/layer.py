@@ -147,12 +147,10 @@ def attend(
     n_text, heads = shared.n_text, plan.heads
     turned = (heads + text.shape[1]) // 2  # queries and keys
     if plan.order is not None:
-        text, in_place_text = text.index_select(1, plan.order), not torch.is_grad_enabled()
-    else:
-        in_place_text = in_place
+        text = text.index_select(1, plan.order)
     logits = _sink_logits(text, plan, shared.index)
     still = text[:, :heads].clone() if shared.observer is not None else text
-    text = turn(text, turned, shared.text_angles, in_place_text)
+    text = turn(text, turned, shared.text_angles, in_place)
     if visual is not None:
         of_visual = sum(plan.visual_counts[:2])
         visual = turn(visual, of_visual, shared.visual_angles, in_place)

@@ -50,7 +50,7 @@ class VisualCache(DynamicCache):
     text_order, visual_order: (B, T) and (B, V) int64, the place of each slot in its row's sequence;
         -1 in empty slots.
     valid: (B, length) bool, False at padding.
-    gapless: nothing is padding, and in no row of the batch a slot is empty.
+    even: in no row of the batch a slot is empty.
 
     These tensors lie on the CPU, where masks are made of them: a decode step that needs no mask
     then costs the device nothing. Made by `adopt`, which turns the caller's own cache object into
@@ -62,9 +62,14 @@ class VisualCache(DynamicCache):
     length: int
     filling: bool
     valid: Tensor
-    gapless: bool
+    even: bool
     _layouts: list[VisualLayout]
     _orders: list[tuple[Tensor, Tensor]]
+
+    @property
+    def gapless(self) -> bool:
+        """Whether no slot is empty and none holds padding, or what the last mask hid."""
+        return self.even and bool(self.valid.all())
 
     @property
     def layout(self) -> VisualLayout:
@@ -125,7 +130,7 @@ class VisualCache(DynamicCache):
         cache.stores = [(HeadStore(a.paired), HeadStore(b.paired)) for a, b in stored]
         cache.length = past[0][0].shape[2] if past else 0
         cache.filling = False
-        cache.valid, cache.gapless = valid, bool(valid.all())
+        cache.valid, cache.even = valid, bool(valid.all())
         places = torch.arange(cache.length, device="cpu").expand(batch, -1)
         cache._layouts = [VisualLayout.empty(batch, cache.length)]
         cache._orders = [(places.masked_fill(~valid, -1), places[:, :0])]
@@ -161,8 +166,7 @@ class VisualCache(DynamicCache):
         # Put together once somebody asks: while plain text is decoded nobody does.
         self._layouts.append(layout)
         self._orders.append((text.order, visual.order))
-        even = text.gather is None and visual.gather is None
-        self.gapless = self.gapless and even and bool(valid[:, self.length :].all())
+        self.even = self.even and text.gather is None and visual.gather is None
         self.valid = valid
         self.length = valid.shape[1]
 
@@ -280,7 +284,7 @@ class VisualCache(DynamicCache):
         self._orders = [(text[:, :text_slots], visual[:, :visual_slots])]
         self._layouts, self.valid, self.length = [left], self.valid[:, :length], length
         orders = torch.cat(self._orders[0], dim=1)
-        self.gapless = bool((orders >= 0).all()) and bool(self.valid.all())
+        self.even = bool((orders >= 0).all())
 
     def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         raise TypeError(

@@ -16,7 +16,7 @@ from yopo.models import families
 from yopo.models.attach import apply
 from yopo.models.decoder import PrunedDecoder
 from yopo.models.exchange import derive, put
-from yopo.models.fused_weights import lay_all
+from yopo.models.fused_weights import lay_all, shares_weights
 from yopo.models.fusing import can_fuse, fuse
 from yopo.models.layers import exchange_new
 from yopo.models.original_llava import instrument
@@ -71,7 +71,9 @@ def fuse_loaded(model: Any, wanted: bool | None) -> None:
     if wanted is not None or os.environ.get("YOPO_FUSE", "1") == "0" or not can_fuse():
         return
     for module in model.modules():
-        if isinstance(module, PrunedDecoder) and module.yopo_plan is not None:
+        if not isinstance(module, PrunedDecoder) or module.yopo_plan is None:
+            continue
+        if not shares_weights(module):
             module.yopo_fused = True
             # At a later pass another thread might be reading the memory that is given up.
             device = next(module.parameters()).device

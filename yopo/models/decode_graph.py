@@ -34,9 +34,9 @@ def is_step(called: Any) -> bool:
         and called.keep_cache
         and not called.output_hidden_states
         and not called.layout.visual.any()
-        and cache.gapless
+        and cache.even
         and cache.length > 0
-        and bool(called.valid[:, -1].all())
+        and bool(called.valid.all())
     )
 
 
@@ -96,6 +96,7 @@ class Step:
         slots: tuple[int, int],
     ) -> None:
         self._decoder, self._plans, self._how = decoder, plans, how
+        self._rotary = decoder.rotary_emb
         embeds = called.inputs_embeds
         device, (batch, _, _) = embeds.device, embeds.shape
         visual, text = slots

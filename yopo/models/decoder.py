@@ -8,6 +8,7 @@ LLaVA, composites or files.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -19,10 +20,10 @@ from yopo.engine.forward import Run, merge, prepare, run
 from yopo.engine.layer import LayerCall
 from yopo.engine.layer_plan import LayerPlans
 from yopo.engine.layout import Grid
-from yopo.models.arguments import resolve
+from yopo.models.arguments import Resolved, resolve
 from yopo.models.exchange import Exchanged, derive, put, stock_method
 from yopo.models.functions import Functions
-from yopo.models.fused_weights import fused_layers, unfuse_decoder
+from yopo.models.fused_weights import forget, fused_layers, unfuse_decoder
 from yopo.models.known_layouts import unwatch_text, watch_text
 from yopo.models.layers import call_layer, exchange_layers, exchange_new, restore_layers
 from yopo.models.probe import probe
@@ -64,6 +65,11 @@ class PrunedDecoder(Exchanged):
         self.yopo_plan = plan
         _UNDER_PLAN.add(self)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        if self.yopo_fused:
+            forget(self)  # what is moved would be held here as well
+        return super()._apply(*args, **kwargs)
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "embed_tokens" and self.yopo_plan is not None:  # resized, or an adapter on it
@@ -93,6 +99,11 @@ class PrunedDecoder(Exchanged):
         is_new, known = exchange_new(self.layers), self._yopo_known
         if is_new or known is None or known.changed(self):
             probe(self, PrunedDecoder)
+        with nullcontext() if self._yopo_graphs is None else self._yopo_graphs.lock:
+            return self._pruned(called)
+
+    def _pruned(self, called: Resolved) -> Any:
+        """The pass over a call with an image in it, or in its cache."""
         layout, valid, cache = called.layout, called.valid, called.cache
         past = cache.length
         fused = fused_layers(self, called.inputs_embeds) if self.yopo_fused else None

@@ -35,19 +35,25 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NORMS, _EPS = ("input_layernorm", "post_attention_layernorm"), "variance_epsilon"
 _FUSED = "_yopo_laid"  # of a layer, and of a decoder all of whose layers have one: its _Held
 _LAYING = threading.Lock()
-# The forward that each class had which a fused layer does without; one replaced since is called.
-_FORWARDS: dict[type, Any] = {}
 
 
 def unfuse_decoder(decoder: Any) -> None:
-    for name in ("yopo_fused", "_yopo_graphs", _FUSED):
+    for name in ("yopo_fused", "_yopo_graphs"):
         vars(decoder).pop(name, None)
-    for layer in decoder.layers:
-        held = vars(layer).pop(_FUSED, None)
-        if held is None or not held.conditions.hold():
-            continue
-        for parameter in held.laid:
-            parameter.data = parameter.data.clone()
+    with torch.inference_mode(False), torch.no_grad():
+        for parameter, at in forget(decoder):
+            if parameter.data_ptr() == at:  # not moved since
+                parameter.data = parameter.data.clone()
+
+
+def forget(decoder: Any) -> list[tuple[nn.Parameter, int]]:
+    """Lets go of what lies together: no memory is held but by the parameters. Those are given back,
+    with the places that they had."""
+    vars(decoder).pop(_FUSED, None)
+    if decoder._yopo_graphs is not None:
+        decoder._yopo_graphs.clear()
+    held = [vars(layer).pop(_FUSED, None) for layer in decoder.layers]
+    return [laid for one in held if one is not None for laid in one.laid]
 
 
 def fused_layers(decoder: Any, rows: Tensor) -> list[FusedLayer | None] | None:
@@ -57,7 +63,7 @@ def fused_layers(decoder: Any, rows: Tensor) -> list[FusedLayer | None] | None:
         return None
     if torch.is_autocast_enabled(rows.device.type):
         return None
-    if any(cls.forward is not forward for cls, forward in _FORWARDS.items()):
+    if torch._C._are_functorch_transforms_active():  # tensors without memory of their own
         return None
     layers = tuple(decoder.layers)
     whole = vars(decoder).get(_FUSED)
@@ -100,33 +106,37 @@ class _Conditions:
     """What must be as it was when weights were laid together. Asked at every pass, so it must cost
     next to nothing.
 
-    children: dicts of modules, and what is in them. weights: dicts of parameters, their names, and
-    where their memory is. settings: dicts of attributes, names and values. modules: and their
-    classes. hooks: dicts that are empty while nobody looks on. attributes: of modules; a forward of
-    their own is not among them.
+    children: dicts of modules, and what is in them. weights: dicts of parameters, their names,
+    where their memory is, and whether it is in order. settings: dicts, names and values.
+    modules: and their classes. forwards: of classes. hooks: dicts that are empty while nobody looks
+    on. attributes: of modules; a forward of their own is not among them.
     """
 
     children: tuple[list[dict[str, Any]], list[tuple[Any, ...]]]
-    weights: tuple[list[dict[str, Any]], list[str], list[int]]
+    weights: tuple[list[dict[str, Any]], list[str], list[int], list[bool]]
     settings: tuple[list[dict[str, Any]], list[str], list[Any]]
     modules: tuple[list[nn.Module], list[type]]
+    forwards: dict[type, Any]
     hooks: list[dict[int, Any]]
     attributes: list[dict[str, Any]]
 
     def hold(self) -> bool:
         holders, inside = self.children
-        parameters, names, at = self.weights
+        holding, names, at, in_order = self.weights
         where, settings, values = self.settings
         modules, classes = self.modules
         try:
-            pointers = map(Tensor.data_ptr, map(dict.__getitem__, parameters, names))
+            tensors = list(map(dict.__getitem__, holding, names))
             return (
                 not any(self.hooks)
                 and not any(map(dict.__contains__, self.attributes, repeat("forward")))
                 and all(map(eq, map(tuple, map(dict.values, holders)), inside))
                 and all(map(is_, map(type, modules), classes))
                 and all(map(is_, map(dict.get, where, settings), values))
-                and all(map(eq, pointers, at))
+                and all(map(is_, map(type, tensors), repeat(nn.Parameter)))
+                and all(map(eq, map(Tensor.data_ptr, tensors), at))
+                and all(map(eq, map(Tensor.is_contiguous, tensors), in_order))
+                and all(cls.forward is forward for cls, forward in self.forwards.items())
             )
         except (KeyError, TypeError):  # a weight was taken out
             return False
@@ -144,6 +154,7 @@ class _Conditions:
             weights=columns(one.weights for one in each),
             settings=columns(one.settings for one in each),
             modules=columns(one.modules for one in each),
+            forwards={cls: forward for one in each for cls, forward in one.forwards.items()},
             hooks=chained(one.hooks for one in each),
             attributes=chained(one.attributes for one in each),
         )
@@ -152,10 +163,10 @@ class _Conditions:
 @dataclass(frozen=True)
 class _Held:
     """Fused weights: of a layer, or of each of a decoder's `layers`. laid: the parameters that lie
-    together. A copy of a model, or one from a pickle, has None in its place."""
+    together, and where. A copy of a model, or one from a pickle, has None in its place."""
 
     weights: Sequence[FusedLayer]
-    laid: tuple[nn.Parameter, ...]
+    laid: tuple[tuple[nn.Parameter, int], ...]
     conditions: _Conditions
     layers: tuple[nn.Module, ...] = ()
 
@@ -179,13 +190,13 @@ def why_live(decoder: Any, layer: nn.Module) -> str | None:
         if not original_of(type(module)).__module__.startswith("transformers."):
             return f"{type(module).__name__} is not transformers' own"
     for name, module in _named_parts(layer):
-        forward = type(module).forward
-        if _FORWARDS.setdefault(type(module), forward) is not forward:
-            return f"the forward of {type(module).__name__} was replaced"
         if "norm" in name and not _is_rms_norm(type(module)):
             return f"its {name} is a {type(module).__name__}"
         if name.endswith("_proj") and type(module) is not nn.Linear:
             return f"its {name} is a {type(module).__name__} (an adapter, or quantised)"
+        whose = getattr(type(module).forward, "__module__", None) or ""
+        if not whose.startswith(("torch.", "transformers.", "yopo.")):
+            return f"the forward of {type(module).__name__} is {whose}'s"
         if is_watched(module):
             return f"its {name} is watched: it has hooks, or a forward of its own"
         if name.endswith("_proj") and not is_plain(module):
@@ -216,13 +227,10 @@ def _odd_weights(decoder: Any, layer: nn.Module) -> str | None:
     return None
 
 
-def refuse_shared(decoder: Any) -> None:
-    seen: set[int] = set()
-    for layer in decoder.layers:
-        mine = {id(parameter) for parameter in layer.parameters()}
-        if seen & mine:
-            raise ValueError(f"two layers have a weight in common, which cannot be fused. {REMEDY}")
-        seen |= mine
+def shares_weights(decoder: Any) -> bool:
+    """Whether two layers have a weight in common."""
+    each = [{id(parameter) for parameter in layer.parameters()} for layer in decoder.layers]
+    return len(set().union(*each)) < sum(map(len, each))
 
 
 def _groups(layer: Any) -> tuple[list[nn.Linear], list[nn.Linear]]:
@@ -281,7 +289,8 @@ def lay(layer: Any) -> _Held:
             down=down,
             act=F.silu if type(act) is nn.SiLU else act,
         )
-        held = _Held([weights], (*qkv_laid, *gate_up_laid), _conditions(layer))
+        laid = [(each, each.data_ptr()) for each in (*qkv_laid, *gate_up_laid)]
+        held = _Held([weights], tuple(laid), _conditions(layer))
         vars(layer)[_FUSED] = held
         return held
 
@@ -289,21 +298,24 @@ def lay(layer: Any) -> _Held:
 def _conditions(layer: Any) -> _Conditions:
     modules = [module for _, module in _named_parts(layer)]
     holders = [module for module in (layer, *modules) if module._modules]
+    named = [(m._parameters, *pair) for m in modules for pair in m._parameters.items()]
     weights = [
-        (module._parameters, name, parameter.data_ptr())
-        for module in modules
-        for name, parameter in module._parameters.items()
+        (holding, name, parameter.data_ptr(), parameter.is_contiguous())
+        for holding, name, parameter in named
         if parameter is not None
     ]
-    norms = [vars(layer._modules[name]) for name in _NORMS]
+    settings = [each for each in named if each[2] is None]  # a bias that is not there
+    for norm in (vars(layer._modules[name]) for name in _NORMS):
+        settings.append((norm, _EPS, norm[_EPS]))
     return _Conditions(
         children=(
             [module._modules for module in holders],
             [tuple(module._modules.values()) for module in holders],
         ),
         weights=_in_columns(weights),
-        settings=(norms, [_EPS] * len(norms), [norm[_EPS] for norm in norms]),
+        settings=_in_columns(settings),
         modules=(modules, list(map(type, modules))),
+        forwards={type(module): type(module).forward for module in modules},
         hooks=[vars(module)[name] for module in modules for name in HOOKS],
         attributes=list(map(vars, modules)),
     )

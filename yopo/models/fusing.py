@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 from torch.nn import functional as F
 
-from yopo.models.fused_weights import REMEDY, lay, refuse_shared, unfuse_decoder, why_live
+from yopo.models.fused_weights import REMEDY, lay, shares_weights, unfuse_decoder, why_live
 from yopo.models.parts import Parts
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -19,8 +19,8 @@ def fuse(model: Model) -> Model:
     matrix, gate's and up's as another; returns it. For inference: with gradients, under autocast,
     and where somebody watches a projection later on, a pass reads them one by one, as before.
 
-    Takes the memory of one projection more while it works, and none afterwards. Parameters keep
-    their names, values and bits.
+    Takes the memory of a layer's gate and up more while it works, and none afterwards. Parameters
+    keep their names, values and bits.
 
     Raises ValueError, and leaves the model as it was, where it has no plan, is in training mode, or
     a layer's weights cannot be laid together: adapters, quantised or sharded weights, hooks on a
@@ -34,7 +34,8 @@ def fuse(model: Model) -> Model:
     for number, layer in enumerate(decoder.layers):
         if why := why_live(decoder, layer):
             raise ValueError(f"layer {number} cannot be fused: {why}. {REMEDY}")
-    refuse_shared(decoder)
+    if shares_weights(decoder):
+        raise ValueError(f"two layers have a weight in common, which cannot be fused. {REMEDY}")
     for layer in decoder.layers:
         lay(layer)
     decoder.yopo_fused = True

@@ -20,7 +20,7 @@ from yopo.engine.layer_plan import LayerPlans
 from yopo.engine.packing import Packing
 from yopo.models.decode_graph import Step, fits, has_fixed_angles, is_step, slots_of
 from yopo.models.fusing import fuse
-from yopo.models.layers import call_layer
+from yopo.models.layers import call_layer, is_called_by_us_alone
 from yopo.models.parts import Parts
 from yopo.models.prefill_graph import Prefill, Prompt, is_prefill
 
@@ -52,7 +52,9 @@ class Graphs:
 
     def __init__(self) -> None:
         self._captured: dict[Any, Any] = {}
-        self._lock = threading.Lock()
+        self.lock = (
+            threading.RLock()
+        )  # over every pass: those that are not captured read there, too
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
@@ -67,13 +69,18 @@ class Graphs:
             return None
         if OBSERVER.get() is not None or not has_fixed_angles(decoder):
             return None
-        with self._lock:
-            how = Run(call_layer, keep_cache=True, fused=weights)
-            if is_prefill(called):
-                return self._prefill(decoder, called, how)
-            if is_step(called) and fits(decoder._yopo_layer_plans):
-                return self._step(decoder, called, how)
+        if decoder.training or not all(map(is_called_by_us_alone, map(vars, decoder.layers))):
+            return None
+        how = Run(call_layer, keep_cache=True, fused=weights)
+        if is_prefill(called):
+            return self._prefill(decoder, called, how)
+        if is_step(called) and fits(decoder._yopo_layer_plans):
+            return self._step(decoder, called, how)
         return None
+
+    def clear(self) -> None:
+        """Lets go of all that was captured."""
+        self._captured = {}
 
     def _prefill(self, decoder: Any, called: Any, how: Run) -> Tensor:
         plans, prompt = decoder._yopo_layer_plans, Prompt.of(decoder, called, how)
@@ -85,7 +92,8 @@ class Graphs:
         slots = slots_of(cache)
         if slots is None:
             return None
-        key = embeds.shape, embeds.dtype, called.position_ids.shape, slots
+        rotary = id(decoder.rotary_emb)  # kept alive by the step
+        key = embeds.shape, embeds.dtype, called.position_ids.shape, slots, rotary
         captured = self._known(plans, how, key, lambda: Step(decoder, plans, how, called, slots))
         batch = embeds.shape[0]
         text, visual = Packing.all_of(batch, 1, cache.length), Packing.all_of(batch, 0, 0)

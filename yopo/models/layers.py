@@ -94,7 +94,7 @@ class PrunedAttention(_Part):
         rows, plan, shared = _rows(args, kwargs), pruned.plan, pruned.shared
         n_text = shared.n_text
         text, visual = project_qkv(self, rows, n_text, plan, shared.head_dim)
-        text, visual = attend(text, visual, pruned, in_place=not torch.is_grad_enabled())
+        text, visual = attend(text, visual, pruned, in_place=False)
         pruned.reached.by = PrunedAttention
         out = project_from_heads(self.o_proj, text, visual, plan.visual_heads)
         return attention_output(out)
@@ -121,7 +121,7 @@ def call_layer(layer: nn.Module, rows: Tensor, pruned: LayerCall) -> Tensor:
     """The layer, or what somebody wrapped it in, called with packed rows (N, d).
 
     Raises ValueError where that does not come to the pruned forward."""
-    if pruned.fused is not None and _is_called_by_us_alone(vars(layer)):
+    if pruned.fused is not None and is_called_by_us_alone(vars(layer)):
         return run_fused(pruned.fused, rows, pruned)
     out = layer(rows, pruned=pruned)
     if pruned.reached.by is not PrunedLayer:
@@ -129,7 +129,7 @@ def call_layer(layer: nn.Module, rows: Tensor, pruned: LayerCall) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _is_called_by_us_alone(layer: Mapping[str, Any]) -> bool:
+def is_called_by_us_alone(layer: Mapping[str, Any]) -> bool:
     """Whether nothing but its forward happens when a module of these attributes is called."""
     if layer["_forward_hooks"] or layer["_forward_pre_hooks"] or "forward" in layer:
         return False
