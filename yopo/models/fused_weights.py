@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, repeat
@@ -40,10 +41,18 @@ _LAYING = threading.Lock()
 def unfuse_decoder(decoder: Any) -> None:
     for name in ("yopo_fused", "_yopo_graphs"):
         vars(decoder).pop(name, None)
-    with torch.inference_mode(False), torch.no_grad():
-        for parameter, at in forget(decoder):
-            if parameter.data_ptr() == at:  # not moved since
+    for parameter, at in forget(decoder):
+        if parameter.data_ptr() == at:  # not moved since
+            with _as_made(parameter):
                 parameter.data = parameter.data.clone()
+
+
+@contextmanager
+def _as_made(parameter: nn.Parameter) -> Iterator[None]:
+    """In inference mode where the parameter was made there, and only there, whoever asks: what it
+    is given must be of its kind, as autograd treats the kinds apart."""
+    with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+        yield
 
 
 def forget(decoder: Any) -> list[tuple[nn.Parameter, int]]:
@@ -271,7 +280,7 @@ def _is_rms_norm(cls: type) -> bool:
 
 def lay(layer: Any) -> _Held:
     """Lays a layer's weights together, unless another thread has just done it."""
-    with _LAYING, torch.inference_mode(False), torch.no_grad():
+    with _LAYING, _as_made(layer.self_attn.o_proj.weight):
         held = vars(layer).get(_FUSED)
         if held is not None and held.conditions.hold():
             return held
