@@ -6,7 +6,7 @@ model is asked in `post_init`, and once more at the end of `from_pretrained`, fo
 come by it. `from_pretrained(…, fuse=False)`, or YOPO_FUSE=0, keeps the weights of a model with a
 plan live (fusing.py). So it does not matter whether LLaVA, or what else derives from transformers'
 classes, was imported before or after, and a model without a plan stays what it is. How plans go
-adapters, once peft is imported, is in peft_adapters.py, with saved configs in saved_sinks.py.
+with adapters, once peft is imported, is in peft_adapters.py, with saved configs in saved_sinks.py.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ __all__ = [
     "clear_dynamic_cache",
     "crop_counts_removed",
     "has_families",
+    "has_rms_norm",
     "is_compiling",
     "layer_returns_tuple",
     "llava_expects_images_in_ids",
@@ -187,6 +188,11 @@ def sliding_window(config: Any) -> int | None:
 
 
 # -------------------------------------------------------------------------------------- caches
+
+
+def has_rms_norm() -> bool:
+    """Whether torch computes a norm as one operation, from 2.4 on: fused weights need it."""
+    return hasattr(torch.nn.functional, "rms_norm")
 
 
 @cache

@@ -15,9 +15,9 @@ import torch
 from yopo.bench.random_model import Case
 from yopo.bench.simulation import can_simulate, simulate
 from yopo.models import attach
-from yopo.models.fusing import can_fuse, fuse
+from yopo.models.fusing import fuse
 from yopo.plan.pruning_plan import PruningPlan
-from yopo.versions import CACHE_FIELD, attention_is_switchable
+from yopo.versions import CACHE_FIELD, attention_is_switchable, has_rms_norm
 
 ARMS = ("sdpa", "eager", "masked", "drop", "yopo")
 CHOICES = (*ARMS, "live")  # live: ours by live weights, where it is asked for
@@ -65,7 +65,7 @@ def arms_of(names: Collection[str], model: Any, plan: PruningPlan | None, case: 
     if plan is not None and "sink" in (plan.head_mass, plan.cut_mass):
         bare = partial(_as_ours, model, plan.with_mass("drop"), case)
         arms["drop"] = Arm("yopo, drop", prefill, decode, bare)
-    if plan is not None and can_fuse():
+    if plan is not None and has_rms_norm():
         live = partial(_as_ours, model, plan, case, fused=False)
         arms["live"] = Arm("yopo, live", prefill, decode, live)
     arms["yopo"] = Arm("yopo", prefill, decode, partial(_as_ours, model, plan, case))
@@ -112,5 +112,5 @@ def _as_ours(model: Any, plan: PruningPlan | None, case: Case, fused: bool = Tru
         attach.apply(model, plan)
         for index in range(len(model.model.layers)):  # as after the first image ever
             model.model._yopo_layer_plans.on(index, case.embeds.device)
-        if fused and can_fuse():
+        if fused and has_rms_norm():
             fuse(model)

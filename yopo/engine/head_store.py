@@ -3,6 +3,7 @@ or attention here; visual_cache.py keeps those of all layers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -45,23 +46,19 @@ class HeadStore:
 
     def read(self) -> tuple[Tensor, Tensor]:
         """`keys` and `values`."""
-        if self._paired:
-            both = self._buffers[0].narrow(3, 0, self.visual_keys + self.text)
-            keys, values = both.unbind(0)
-            return keys, values
-        keys, values = self._buffers
-        first, second = self.visual_keys + self.text, self.visual_values + self.text
-        return keys[0].narrow(2, 0, first), values[0].narrow(2, 0, second)
+        return self._slots((0, self.visual_keys + self.text), (0, self.visual_values + self.text))
 
     def read_text(self) -> tuple[Tensor, Tensor]:
         """`text_keys` and `text_values`."""
-        if self._paired:
-            both = self._buffers[0].narrow(3, self.visual_keys, self.text)
-            keys, values = both.unbind(0)
-            return keys, values
-        keys, values = self._buffers
-        first, second = self.visual_keys, self.visual_values
-        return keys[0].narrow(2, first, self.text), values[0].narrow(2, second, self.text)
+        return self._slots((self.visual_keys, self.text), (self.visual_values, self.text))
+
+    def _slots(self, keys: tuple[int, int], values: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Keys and values from the first number on, as many as the second."""
+        if not self._paired:
+            of_keys, of_values = self._buffers
+            return of_keys[0].narrow(2, *keys), of_values[0].narrow(2, *values)
+        of_keys, of_values = self._buffers[0].narrow(3, *keys).unbind(0)
+        return of_keys, of_values
 
     @property
     def keys(self) -> Tensor:
@@ -87,11 +84,6 @@ class HeadStore:
         here, or has gradients.
         """
         new = 0 if visual is None else visual.shape[3]
-        added = text.shape[3]
-        if self._paired and spare and not new and self._has_room(added):
-            self._buffers[0].narrow(3, self.visual_keys + self.text, added).copy_(text)
-            self.text += added
-            return
         if self._paired:
             old = (None,) if self._buffers is None else self._buffers
             grown: tuple[Tensor, ...] = (
@@ -104,14 +96,7 @@ class HeadStore:
             grown = keys, _grown(old[1], self.visual_values, self.text, None, text[1:], spare)
         self._buffers = grown
         self.visual_keys += new
-        self.text += added
-
-    def _has_room(self, added: int) -> bool:
-        if self._buffers is None:
-            return False
-        first = self._buffers[0]
-        frozen = first.is_inference() and not torch.is_inference_mode_enabled()
-        return self.visual_keys + self.text + added <= first.shape[3] and not frozen
+        self.text += text.shape[3]
 
     def fork(self) -> HeadStore:
         """A store with the same content, whose `append(spare=False)` leaves this one as it is."""
@@ -156,6 +141,13 @@ class HeadStore:
         """Bytes of its buffers."""
         buffers = self._buffers or ()
         return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+
+
+def empty_stores(
+    stored: Iterable[tuple[StoredHeads, StoredHeads]],
+) -> list[tuple[HeadStore, HeadStore]]:
+    """For each layer two stores for what is told of it."""
+    return [(HeadStore(first.paired), HeadStore(second.paired)) for first, second in stored]
 
 
 class StaticStore(HeadStore):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yopo.engine.head_store import HeadStore, StoredHeads
+from yopo.engine.head_store import HeadStore, StoredHeads, empty_stores
 from yopo.engine.layout import Grid, VisualLayout
 from yopo.engine.packing import Packing
 from yopo.plan.pruning_plan import PruningPlan
@@ -127,7 +127,7 @@ class VisualCache(DynamicCache):
         # Python attributes only.
         cache.__class__ = cls
         cache.plan = plan
-        cache.stores = [(HeadStore(a.paired), HeadStore(b.paired)) for a, b in stored]
+        cache.stores = empty_stores(stored)
         cache.length = past[0][0].shape[2] if past else 0
         cache.filling = False
         cache.valid, cache.even = valid, bool(valid.all())

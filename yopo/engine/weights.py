@@ -188,7 +188,7 @@ def project_qkv(
     None where there are none."""
     sliced = n_text < len(x)
     linears = to_qkv(attn, x, sliced)
-    kv_heads = sum(map(len, plan.kv))
+    kv_heads = sum(plan.kv_counts)
     counts = plan.heads, kv_heads, kv_heads
     if not sliced:
         each = zip(linears, counts, strict=True)

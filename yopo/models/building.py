@@ -17,12 +17,13 @@ from yopo.models.attach import apply
 from yopo.models.decoder import PrunedDecoder
 from yopo.models.exchange import derive, put
 from yopo.models.fused_weights import lay_all, shares_weights
-from yopo.models.fusing import can_fuse, fuse
+from yopo.models.fusing import fuse
 from yopo.models.layers import exchange_new
 from yopo.models.original_llava import instrument
 from yopo.models.parts import Parts, refuse_foreign
 from yopo.models.peft_adapters import accompany_adapters
 from yopo.plan.pruning_plan import RELEASED_FIELDS, PruningPlan
+from yopo.versions import has_rms_norm
 
 
 def prune_loaded(model: Any) -> None:
@@ -68,7 +69,7 @@ def fuse_loaded(model: Any, wanted: bool | None) -> None:
     Raises ValueError for True where the model has no plan."""
     if wanted:
         fuse(model)
-    if wanted is not None or os.environ.get("YOPO_FUSE", "1") == "0" or not can_fuse():
+    if wanted is not None or os.environ.get("YOPO_FUSE", "1") == "0" or not has_rms_norm():
         return
     for module in model.modules():
         if not isinstance(module, PrunedDecoder) or module.yopo_plan is None:

@@ -1,6 +1,5 @@
 """Work on tensors of fixed shapes and places, captured as a CUDA graph when it is first done there;
-on other devices it is done anew each time. Knows nothing of
-models."""
+on other devices it is done anew each time. Knows nothing of models."""
 
 from __future__ import annotations
 
@@ -49,6 +48,11 @@ class Captured:
         with torch.cuda.graph(graph):
             self._given = work()
         self._graph = graph
+
+
+def rounded_up(count: int, to: int) -> int:
+    """To a multiple of `to`: what is captured is for all counts up to that."""
+    return -(-count // to) * to
 
 
 def fill(mine: Any, given: Any) -> None:

@@ -18,7 +18,7 @@ from yopo.engine.layer_plan import BLIND, SEEN, LayerPlans
 from yopo.engine.packing import Packing
 from yopo.engine.text_attention import Sight, TextSight, shift_behind
 from yopo.engine.visual_cache import VisualCache
-from yopo.models.captured import Captured
+from yopo.models.captured import Captured, rounded_up
 from yopo.versions import rope, takes_any_position
 
 TEXT_SLOTS, VISUAL_SLOTS = 256, 64  # buffers are as long as a multiple of these
@@ -61,11 +61,7 @@ def slots_of(cache: VisualCache) -> tuple[int, int] | None:
     if pair is None:
         return None
     visual = cache.visual_slots
-    return _up(visual, VISUAL_SLOTS), _up(pair.text + 1, TEXT_SLOTS)
-
-
-def _up(count: int, to: int) -> int:
-    return -(-count // to) * to
+    return rounded_up(visual, VISUAL_SLOTS), rounded_up(pair.text + 1, TEXT_SLOTS)
 
 
 @dataclass
@@ -110,7 +106,7 @@ class Step:
             )
             at = self._inputs.seen_at, self._inputs.blind_at
             lengths = visual + text, text
-            self._stores = [
+            self.stores = [
                 tuple(
                     StaticStore(embeds, count, plans.head_dim, lengths[n], at[n]) if count else None
                     for n, count in enumerate(plan.kv_counts)
@@ -123,7 +119,7 @@ class Step:
 
     def __call__(self, cache: VisualCache, embeds: Tensor, places: Tensor) -> Tensor:
         stores = [store for pair in cache.stores for store in pair]
-        mine = [store for pair in self._stores for store in pair]
+        mine = [store for pair in self.stores for store in pair]
         if self._owner() is not cache or not all(
             own is None or own.is_of(store) for own, store in zip(mine, stores, strict=True)
         ):
@@ -177,9 +173,4 @@ class Step:
             visual_sight=(),
         )
         cos, sin = rope(decoder, given.embeds, given.places, 1)
-        out = run(decoder.layers, self._plans, index, given.embeds, cos, sin, self, self._how)
-        return out
-
-    @property
-    def stores(self) -> list[tuple[StaticStore | None, ...]]:
-        return self._stores
+        return run(decoder.layers, self._plans, index, given.embeds, cos, sin, self, self._how)

@@ -31,6 +31,7 @@ from yopo.engine.weights import HOOKS, activation, is_elementwise, is_plain, is_
 from yopo.models.exchange import original_of
 from yopo.models.layers import PrunedLayer
 from yopo.plan.config_fields import head_sizes
+from yopo.versions import has_rms_norm
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NORMS, _EPS = ("input_layernorm", "post_attention_layernorm"), "variance_epsilon"
@@ -190,8 +191,8 @@ REMEDY = (
 
 def why_live(decoder: Any, layer: nn.Module) -> str | None:
     """Why a layer's weights cannot be fused; None: they can."""
-    if not hasattr(F, "rms_norm"):
-        return f"torch {torch.__version__} has no rms_norm"
+    if not has_rms_norm():
+        return "this torch is older than 2.4, and has no rms_norm"
     if not isinstance(layer, PrunedLayer):
         return f"it is in a {type(layer).__name__}"
     attn, mlp = layer._modules["self_attn"], layer._modules["mlp"]
@@ -269,8 +270,8 @@ def _is_rms_norm(cls: type) -> bool:
     """Whether a norm of this class is F.rms_norm by its weight and variance_epsilon."""
     if not cls.__module__.startswith("transformers."):
         return False
-    x, weight = torch.linspace(-2, 3, 12, device="cpu").view(2, 6) ** 3, torch.linspace(0.5, 2, 6)
-    norm = SimpleNamespace(weight=weight.to("cpu"), variance_epsilon=0.1)
+    x = torch.linspace(-2, 3, 12, device="cpu").view(2, 6) ** 3
+    norm = SimpleNamespace(weight=torch.linspace(0.5, 2, 6, device="cpu"), variance_epsilon=0.1)
     try:
         found = cls.forward(norm, x)
     except Exception:  # a norm with other parts

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import TypeVar
 
 from torch import nn
-from torch.nn import functional as F
 
 from yopo.models.fused_weights import REMEDY, lay, shares_weights, unfuse_decoder, why_live
 from yopo.models.parts import Parts
@@ -40,11 +39,6 @@ def fuse(model: Model) -> Model:
         lay(layer)
     decoder.yopo_fused = True
     return model
-
-
-def can_fuse() -> bool:
-    """Whether this torch has what fused weights need."""
-    return hasattr(F, "rms_norm")
 
 
 def unfuse(model: Model) -> Model:

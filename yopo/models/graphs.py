@@ -52,9 +52,8 @@ class Graphs:
 
     def __init__(self) -> None:
         self._captured: dict[Any, Any] = {}
-        self.lock = (
-            threading.RLock()
-        )  # over every pass: those that are not captured read there, too
+        # Over every pass: those that are not captured read the same memory.
+        self.lock = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()

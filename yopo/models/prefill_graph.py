@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from yopo.engine.forward import Run, merge, pack, prepare, share, through
-from yopo.engine.head_store import HeadStore
+from yopo.engine.head_store import HeadStore, empty_stores
 from yopo.engine.layer import Shared
 from yopo.engine.layer_plan import LayerPlans
 from yopo.engine.packing import mapped
 from yopo.engine.visual_cache import VisualCache
-from yopo.models.captured import Captured, fill, shape_of
+from yopo.models.captured import Captured, fill, rounded_up, shape_of
 from yopo.versions import rope
 
 BUCKET = 32  # text rows are as many as a multiple of this
@@ -52,7 +52,7 @@ class Prompt:
         """`called`: what the decoder was called with, resolved. Its cache gets the places."""
         layout, embeds, cache = called.layout, called.inputs_embeds, called.cache
         texts = layout.shape[1] - int(layout.visual[0].sum())
-        width = -(-texts // BUCKET) * BUCKET
+        width = rounded_up(texts, BUCKET)
         on_cpu = embeds.device.type == "cpu"
         index = prepare(layout, called.valid, cache, decoder.yopo_plan, on_cpu, width)
         cos, sin = rope(decoder, embeds, called.position_ids, layout.shape[1])
@@ -90,16 +90,11 @@ class Prefill:
         return merge(rows, prompt.shared.index, shape)
 
     def _through(self) -> tuple[Tensor, list[tuple[HeadStore, HeadStore]]]:
-        filled = _Filled(
-            [(HeadStore(first), HeadStore(second)) for first, second in self._paired()]
-        )
+        filled = _Filled(empty_stores(self._plans.stored))
         rows = through(
             self._decoder.layers, self._plans, self._shared, self._rows, filled, self._how
         )
         return rows, filled.stores
-
-    def _paired(self) -> list[tuple[bool, bool]]:
-        return [plan.paired for plan in self._plans.plans]
 
 
 @dataclass
