@@ -29,10 +29,11 @@ from gpu_steps.tables import ABSENT, SKIPPED
 SHARE = 20.0
 ARMS = (
     STOCK,
-    Arm("25", "drop"),
     Arm("25", "drop", FUSED),
+    Arm("12", "sink", FUSED),
+    Arm("25", "drop"),
+    Arm("25", "exact", FUSED),
     Arm("12", "sink", GRAPHED),
-    Arm("25", "exact"),
 )
 WARM = 3  # calls before the one that is watched
 SHOWN = 8  # kernels told by name
@@ -66,8 +67,10 @@ def step(session: Session) -> None:
     deadline = session.clock.deadline("why")
     (session.journal.folder / TRACES).unlink(missing_ok=True)  # of an earlier run
     race = Race("why", "7b", session.scale.batches[0], 1, ARMS)
-    track = Track(session, race)
+    track, chosen = Track(session, race), session.scale.arms
     for arm in ARMS:
+        if chosen is not None and arm.name not in chosen:
+            continue
         if absent := arm.absent(track.shape):
             session.journal.add("why", arm.name, ABSENT, arm=arm.name, note=absent)
         for phase in () if absent else ("prefill", "decode"):
