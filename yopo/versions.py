@@ -30,6 +30,8 @@ __all__ = [
     "clear_dynamic_cache",
     "crop_counts_removed",
     "has_families",
+    "has_flash",
+    "has_log_sums",
     "has_rms_norm",
     "is_compiling",
     "layer_returns_tuple",
@@ -193,6 +195,19 @@ def sliding_window(config: Any) -> int | None:
 def has_rms_norm() -> bool:
     """Whether torch computes a norm as one operation, from 2.4 on: fused weights need it."""
     return hasattr(torch.nn.functional, "rms_norm")
+
+
+@cache
+def has_log_sums() -> bool:
+    """Whether torch's attention kernels that give the logarithms of their sums, too, can be called
+    in one way: from 2.5 on."""
+    return Version(torch.__version__).release >= (2, 5)
+
+
+@cache
+def has_flash(device: torch.device) -> bool:
+    """Whether a CUDA device has flash attention: from Ampere on."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache

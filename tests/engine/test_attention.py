@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from yopo.engine.packing import Packing
-from yopo.engine.text_attention import TextSight, attend
+from yopo.engine.text_attention import TextSight, additive, attend
 from yopo.engine.visual_cache import VisualCache
 from yopo.plan.pruning_plan import PruningPlan
 
@@ -24,7 +24,7 @@ def test_keys_without_values_take_their_share_and_give_nothing(queries: int) -> 
 
 def test_causal_is_the_mask_that_it_stands_for() -> None:
     q, k, v = parts(6, 6, 6)
-    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    mask = additive(torch.ones(6, 6, dtype=torch.bool).tril(), q.dtype)
     torch.testing.assert_close(attend(q, k, v, None, 0.3, causal=True), attend(q, k, v, mask, 0.3))
 
 

@@ -3,6 +3,7 @@ for what has an image before it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from oracle import oracle_forward, oracle_greedy
 from torch import Tensor, nn
 
 from yopo import apply
-from yopo.engine.text_attention import NO_SINK, attend
+from yopo.engine.text_attention import NO_SINK, additive, attend
 from yopo.plan.pruning_plan import PruningPlan
 
 ROWS = [
@@ -42,6 +43,13 @@ def truth_of(model: Any, plan: Any, case: Case, dtype: torch.dtype = torch.float
 SIGHTS = {"mask": False, "causal": True}
 
 
+@pytest.fixture(params=[True, False], ids=["gradients", "no gradients"])
+def grad(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Without gradients a kernel's own sums are used."""
+    with torch.set_grad_enabled(request.param):
+        yield
+
+
 def one_by_one(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
     """Causal attention with a sink, written out in float64."""
     q, k, v, sink = (x.double() for x in (q, k, v, sink))
@@ -53,6 +61,7 @@ def seen(q: Tensor, k: Tensor) -> Tensor:
     return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
 
 
+@pytest.mark.usefixtures("grad")
 @pytest.mark.parametrize("causal", SIGHTS.values(), ids=SIGHTS)
 @pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["", "dropout's path"])
 @pytest.mark.parametrize("queries", [1, 5])
@@ -64,11 +73,12 @@ def test_several_queries_take_the_share_that_one_alone_takes(
     sink = 3 * torch.randn(2, 3, queries, 1)
     if causal and queries < 5:
         k, v = k[:, :, :queries], v[:, :, :queries]
-    mask = None if causal else seen(q, k)
+    mask = None if causal else additive(seen(q, k), q.dtype)
     out = attend(q, k, v, mask, 0.3, dropout, causal, sink)
     torch.testing.assert_close(out.double(), one_by_one(q, k, v, sink), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("grad")
 @pytest.mark.parametrize("causal", SIGHTS.values(), ids=SIGHTS)
 @pytest.mark.parametrize("queries", [1, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -77,11 +87,12 @@ def test_a_sink_that_nobody_has_takes_no_share(
 ) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 64).to(dtype) for n in (queries, queries, queries))
-    mask = None if causal else seen(q, k)
+    mask = None if causal else additive(seen(q, k), q.dtype)
     out = attend(q, k, v, mask, 0.125, 0.0, causal, torch.full((2, 3, queries, 1), NO_SINK))
     torch.testing.assert_close(out, attend(q, k, v, mask, 0.125, 0.0, causal))
 
 
+@pytest.mark.usefixtures("grad")
 @pytest.mark.parametrize("queries", [1, 6])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_does_not_round_the_logit(dtype: torch.dtype, queries: int) -> None:

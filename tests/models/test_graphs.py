@@ -122,6 +122,19 @@ def test_a_prefill_of_other_lengths_takes_the_same_capture_as_long_as_it_fits() 
     assert sum(type(one) is prefill_graph.Prefill for one in captured(model)) == 1
 
 
+def test_prompts_of_layouts_seen_before_and_of_others_take_turns_in_one_capture() -> None:
+    """Text before the image or behind it, an image more or fewer rows high: each once more."""
+    model, plan = yopo.graphed(build(SHAPE, plan_with("sink"))), plan_with("sink")
+    for before, behind, tall in [(2, 3, 3), (3, 2, 3), (2, 3, 3), (2, 3, 2), (3, 2, 3), (2, 3, 2)]:
+        rows = [[("text", before), ("image", tall, 3, False), ("text", behind)]]
+        case = make_case(rows, SHAPE.heads * 8)
+        assert near(decoded(model, case, 2), decoded(build(SHAPE, plan), case, 2))
+    other = plan_with("drop")
+    yopo.apply(model, other)
+    yopo.graphed(model)
+    assert near(decoded(model, case, 2), decoded(build(SHAPE, other), case, 2))
+
+
 def captured(model: Any) -> list[Any]:
     return list(model.model._yopo_graphs._captured.values())
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from yopo.engine.fused import FusedLayer
 from yopo.engine.layer import LayerCall, Pass, Shared, signed
 from yopo.engine.layer_plan import LayerPlans, windows
 from yopo.engine.layout import VisualLayout
-from yopo.engine.packing import Packing, to_device
-from yopo.engine.text_attention import TextSight
+from yopo.engine.packing import Packing, mapped, to_device
+from yopo.engine.text_attention import TextSight, additive
 from yopo.engine.visual_attention import Blocks, ImageGroup, visual_sight
 from yopo.engine.visual_cache import VisualCache
 from yopo.plan.pruning_plan import PruningPlan
@@ -139,7 +139,7 @@ def through(
         if how.hidden_states is not None:
             how.hidden_states.append(every())
         if here is None or here[1] != device:
-            here = to_device(shared, device), device
+            here = _with_masks(to_device(shared, device), rows.dtype), device
         before, into = stores, None
         if not shared.in_place:
             before = stores[0].fork(), stores[1].fork()
@@ -155,6 +155,19 @@ def through(
             both, text = None, out
     cache.filling = False
     return every()
+
+
+def _with_masks(shared: Shared, dtype: torch.dtype) -> Shared:
+    """The same with masks as attention takes them: made once, where the layers compute."""
+    index = shared.index
+    if index.text_sight.every is None and index.text_sight.text is None and not index.visual_sight:
+        return shared
+
+    def ready(each: Tensor) -> Tensor:
+        return additive(each, dtype) if each.dtype == torch.bool else each
+
+    sights = mapped((index.text_sight, index.visual_sight), ready)
+    return replace(shared, index=replace(index, text_sight=sights[0], visual_sight=sights[1]))
 
 
 def share(plans: LayerPlans, index: Pass, cos: Tensor, sin: Tensor, how: Run) -> Shared:

@@ -1,5 +1,5 @@
 """One decoder layer by fused weights: queries, keys and values of text rows are one product, so are
-gate and up; what a product gives is added to the rows in it, and nothing is called.
+gate and up; what a product gives is added to the rows in place, and nothing is called.
 
 The same attention as with live weights (layer.py), for passes without gradients. Which layers can
 go this way, and that they still can, models/fusing.py knows; no module is known here.
@@ -41,7 +41,12 @@ class Product:
     def added(self, rows: Tensor, x: Tensor) -> Tensor:
         """rows with what x gives, in one product."""
         out = torch.addmm(rows, x, self.weight.t())
-        return out if self.bias is None else out + self.bias
+        return out if self.bias is None else out.add_(self.bias)
+
+    def add_to(self, rows: Tensor, x: Tensor) -> Tensor:
+        """Adds to rows, in place, what x gives."""
+        rows.addmm_(x, self.weight.t())
+        return rows if self.bias is None else rows.add_(self.bias)
 
     def of_rows(self, at: slice) -> Product:
         return Product(self.weight[at], None if self.bias is None else self.bias[at])
@@ -84,13 +89,14 @@ def run_fused(layer: FusedLayer, rows: Tensor, call: LayerCall) -> Tensor:
     n_text, plan = call.shared.n_text, call.plan
     if call.slices_ffn:
         return _sliced_ffn(layer, rows, n_text, plan.neurons or 0)
-    if plan.neurons == 0 and n_text < rows.shape[0]:
-        text, visual = rows.tensor_split([n_text])
-        return torch.cat([_ffn(layer, text), visual])
+    if plan.neurons == 0:
+        _ffn(layer, rows[:n_text])
+        return rows
     return _ffn(layer, rows)
 
 
 def _attended(layer: FusedLayer, rows: Tensor, call: LayerCall) -> Tensor:
+    """Rows with what attention gave them; nobody else holds them."""
     plan, shared = call.plan, call.shared
     n_text, dim = shared.n_text, shared.head_dim
     x = layer.before_attention(rows)
@@ -105,24 +111,24 @@ def _attended(layer: FusedLayer, rows: Tensor, call: LayerCall) -> Tensor:
         visual = layer.qkv.of_heads(plan.visual_order, dim)(x[n_text:])
         visual = visual.view(shared.n_visual, sum(plan.visual_counts), dim)
     text, out = attend(text, visual, call, in_place=True)
-    text = layer.o.added(rows[:n_text], text.flatten(1))
-    if not call.changes_visual:
-        return text
-    if out is None:
-        return torch.cat([text, rows[n_text:]])
-    heads = plan.visual_heads
-    o = layer.o if heads is None else layer.o.from_heads(heads, dim)
-    return torch.cat([text, o.added(rows[n_text:], out.flatten(1))])
+    rows = rows.clone() if call.changes_visual else rows[:n_text].clone()
+    layer.o.add_to(rows[:n_text], text.flatten(1))
+    if out is not None and call.changes_visual:
+        heads = plan.visual_heads
+        o = layer.o if heads is None else layer.o.from_heads(heads, dim)
+        o.add_to(rows[n_text:], out.flatten(1))
+    return rows
 
 
 def _ffn(layer: FusedLayer, rows: Tensor) -> Tensor:
+    """Adds to rows, in place."""
     gate, up = layer.gate_up(layer.before_ffn(rows)).chunk(2, dim=-1)
-    return layer.down.added(rows, layer.act(gate) * up)
+    return layer.down.add_to(rows, layer.act(gate) * up)
 
 
 def _sliced_ffn(layer: FusedLayer, rows: Tensor, n_text: int, neurons: int) -> Tensor:
-    """Of visual rows, from `n_text` on, only the first `neurons`. Each weight is read once: the
-    first neurons multiply all rows, the rest the text rows alone."""
+    """Adds to rows, in place; of visual ones, from `n_text` on, only the first `neurons`. Each
+    weight is read once: the first neurons multiply all rows, the rest the text rows alone."""
     x, of_all = layer.before_ffn(rows), layer.down.weight.shape[1]
 
     def hidden(x: Tensor, first: int, stop: int) -> Tensor:
@@ -131,8 +137,8 @@ def _sliced_ffn(layer: FusedLayer, rows: Tensor, n_text: int, neurons: int) -> T
         return layer.act(gate(x)) * up(x)
 
     down = layer.down
-    out = Product(down.weight[:, :neurons], down.bias).added(rows, hidden(x, 0, neurons))
+    Product(down.weight[:, :neurons], down.bias).add_to(rows, hidden(x, 0, neurons))
     if neurons < of_all:
         rest = hidden(x[:n_text], neurons, of_all)
-        out[:n_text].addmm_(rest, down.weight[:, neurons:].t())
-    return out
+        rows[:n_text].addmm_(rest, down.weight[:, neurons:].t())
+    return rows

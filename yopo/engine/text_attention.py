@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from yopo.engine.packing import Packing
 from yopo.engine.visual_cache import HeadStore, VisualCache
 from yopo.plan.sinks import Sinks
+from yopo.versions import has_flash, has_log_sums
 
 
 class Sight(Enum):
@@ -54,17 +55,21 @@ def attend(
     """Softmax attention; q (B, H, Q, D), k (B, H, S, D), v (B, H, S − V, D) → (B, H, Q, D).
 
     The first V keys have no value (`Sight.MASS`): they take their share of the softmax and give
-    nothing. `mask`, broadcast to (B, H, Q, S), is bool, True where a query sees a key, or of q's
-    dtype, 0 there and -inf elsewhere. `causal`, in
-    place of a mask: query i sees the keys up to i (which lets SDPA take its fastest kernels).
-    `sink` (B, H, Q, 1): the logit of one more key without a value, which every query sees.
+    nothing. `mask`, broadcast to (B, H, Q, S), is 0 where a query sees a key and -inf elsewhere.
+    `causal`, in place of a mask: query i sees the keys up to i (which lets SDPA take its fastest
+    kernels). `sink` (B, H, Q, 1): the logit of one more key without a value, which every query
+    sees.
     """
     valueless = k.shape[2] - v.shape[2]
+    if mask is not None and mask.dtype != q.dtype:
+        mask = mask.to(q.dtype)
+    if sink is not None and not dropout:
+        out, log_sum = with_log_sum(q, k, v, mask, scale, causal)
+        if log_sum is not None:
+            return out * (log_sum[..., None] - sink).sigmoid().to(out.dtype)
     if (valueless or sink is not None) and q.shape[2] == 1 and not dropout:
         scores = ((q * scale) @ k.transpose(2, 3)).float()  # scaled first: float16 overflows
-        if mask is not None and mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        elif mask is not None:
+        if mask is not None:
             scores = scores + mask
         if sink is not None:
             scores = torch.cat([sink, scores], dim=-1)
@@ -77,6 +82,40 @@ def attend(
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
     )
+
+
+def with_log_sum(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Softmax attention, and of each query (B, H, Q) the logarithm of the sum of its softmax, which
+    torch's kernels have at hand for their backward; None where there is no such kernel, or
+    gradients are asked for, which it has none for."""
+    if torch.is_grad_enabled() or not has_log_sums() or 0 in (*q.shape, k.shape[2]):
+        return None, None
+    aten, dim = torch.ops.aten, q.shape[3]
+    if q.device.type == "cpu":
+        flash = aten._scaled_dot_product_flash_attention_for_cpu
+        out, log_sum = flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        return out, log_sum
+    if q.device.type != "cuda" or dim % 8 or dim > 256:
+        return None, None
+    if mask is None and q.element_size() == 2 and has_flash(q.device):
+        out, log_sum = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[
+            :2
+        ]
+        return out, log_sum
+    if mask is not None:
+        if k.shape[2] % 16:  # the kernel reads masks in such steps
+            return None, None
+        mask = mask.expand(*q.shape[:3], k.shape[2])
+    efficient = aten._scaled_dot_product_efficient_attention
+    out, log_sum = efficient(q, k, v, mask, True, 0.0, causal, scale=scale)[:2]
+    return out, log_sum[:, :, : q.shape[2]]
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as `attend` takes it."""
+    return mask.to(dtype).log_()
 
 
 def _attend_sink(
@@ -106,7 +145,7 @@ def _attend_sink(
     if causal:  # query i sees the keys up to i: one query more, in front, keeps it so
         q = F.pad(q, (0, 0, 1, 0))
     elif mask is not None:
-        mask = F.pad(mask, (1, 0), value=True)
+        mask = F.pad(mask, (1, 0))
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
     )
@@ -124,8 +163,8 @@ def heads(x: Tensor, index: Tensor | None) -> Tensor:
 class TextSight:
     """What each text query of this forward sees.
 
-    every: (B, 1, W, V + T) bool over visual then text slots; None: everything.
-    text: (B, 1, W, T) bool over the text slots; None: everything, or with `causal` those up to
+    every: (B, 1, W, V + T) over visual then text slots, bool or `additive`; None: everything.
+    text: (B, 1, W, T) likewise over the text slots; None: everything, or with `causal` those up to
         its own.
     sink_shift: (B, 1, W, 1) float32, what is added to the sinks' logits: log of how many visual
         tokens come before the query, over the number that they stand for; NO_SINK where none does.

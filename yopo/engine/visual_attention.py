@@ -14,7 +14,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from yopo.engine.layout import VisualLayout
 from yopo.engine.packing import Packing
@@ -30,9 +29,9 @@ BLOCK_QUERIES = 256  # visual queries attended together where there is no window
 class Band:
     """Some queries of an image and the keys that they may see.
 
-    queries, keys: ranges of cells. mask: (G or 1, 1, Q, Tb + K) bool, text slots before the image,
-    then the cells.
-    some_text: (G or 1, 1, Q, 1) bool, False where no text precedes; None: always some.
+    queries, keys: ranges of cells. mask: (G or 1, 1, Q, K + Tb), the cells, then text slots before
+    the image; bool, or `additive`.
+    some_text: (G or 1, 1, Q, 1) float32, 0 where no text precedes, else 1; None: always some.
     """
 
     queries: slice
@@ -64,7 +63,7 @@ class Blocks:
     """Visual queries against every slot of their row, some at a time; for no window, and for an
     image cut by a chunk.
 
-    blocks: (query slots, mask (B, 1, Q, V + T) bool, some_text (B, 1, Q, 1) bool).
+    blocks: (query slots, mask (B, 1, Q, V + T), some_text (B, 1, Q, 1)) as of a `Band`.
     """
 
     blocks: tuple[tuple[slice, Tensor, Tensor], ...]
@@ -149,8 +148,9 @@ def _image_group(
         same = bool((text == text[:1, :1]).all())
         text = text[:1, :1].expand(1, near.shape[0], n_text) if same else text
         some_text = text.any(-1)[:, None, :, None]
-        mask = torch.cat([text, near.expand(text.shape[0], -1, -1)], dim=2)[:, None]
-        bands.append(Band(queries, keys, mask, None if bool(some_text.all()) else some_text))
+        mask = torch.cat([near.expand(text.shape[0], -1, -1), text], dim=2)[:, None]
+        always = bool(some_text.all())
+        bands.append(Band(queries, keys, mask, None if always else some_text.float()))
     in_order = len(packed) == len(visual) and torch.equal(packed, packed.sort().values)
     return ImageGroup(
         row=batch_row,
@@ -204,7 +204,7 @@ def _blocks(
         mask = torch.cat([cells.expand(-1, mine.shape[1], -1), text], dim=2) & alive[:, None, :]
         some_text = mask[:, :, n_visual:].any(-1)
         mask |= mine < 0  # empty query slots: dropped later, but must not be NaN
-        blocks.append((queries, mask[:, None], some_text[:, None, :, None]))
+        blocks.append((queries, mask[:, None], some_text[:, None, :, None].float()))
     return Blocks(tuple(blocks))
 
 
@@ -252,11 +252,26 @@ def _attend_images(
             region = region[group.row[:, None], :, group.slots].transpose(1, 2)
         return heads(region, kv_index)
 
-    text_k, text_v = text(store.text_keys), text(store.text_values)
+    (keys, values), (text_keys, text_values) = store.read(), store.read_text()
+    text_k, text_v = text(text_keys), text(text_values)
+    # One band that sees all cells finds them in front of the text already.
+    side_by_side = group.slots is None and [band.keys for band in group.bands] == [
+        slice(0, group.cells)
+    ]
+
+    def seen(region: Tensor, n_visual: int) -> Tensor:
+        if side_by_side:
+            return heads(region[:, :, : n_visual + group.text_slots], kv_index)
+        return cells(region, n_visual)
+
     if sight.reads_keys:
-        cell_k = cells(store.keys, store.visual_keys)
+        seen_k = seen(keys, store.visual_keys)
     if sight is Sight.ALL:
-        cell_v = cells(store.values, store.visual_values)
+        seen_v = seen(values, store.visual_values)
+
+    def with_text(region: Tensor, of_text: Tensor, band: Band) -> Tensor:
+        return region if side_by_side else torch.cat([region[:, :, band.keys], of_text], dim=2)
+
     outs = []
     for band in group.bands:
         mine = q[:, :, band.queries]
@@ -267,20 +282,19 @@ def _attend_images(
                     mine,
                     text_k,
                     text_v,
-                    mask[..., : group.text_slots],
+                    mask[..., mask.shape[3] - group.text_slots :],
                     band.some_text,
                     scale,
                     dropout,
                 )
             )
             continue
-        k = torch.cat([text_k, cell_k[:, :, band.keys]], dim=2)
-        if sight is Sight.ALL:
-            v = torch.cat([text_v, cell_v[:, :, band.keys]], dim=2)
-        else:
-            v = F.pad(text_v, (0, 0, 0, k.shape[2] - group.text_slots))
+        k = with_text(seen_k, text_k, band)
+        # Else the first keys have none.
+        v = with_text(seen_v, text_v, band) if sight is Sight.ALL else text_v
         outs.append(attend(mine, k, v, mask, scale, dropout))
-    return torch.cat(outs, dim=2).transpose(1, 2).flatten(0, 1)
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _attend_blocks(
@@ -322,5 +336,5 @@ def _attend_text(
         return torch.zeros_like(q)
     if some_text is None:
         return attend(q, k, v, mask, scale, dropout)
-    out = attend(q, k, v, mask | ~some_text, scale, dropout)
-    return torch.where(some_text, out, torch.zeros_like(out))
+    out = attend(q, k, v, mask.masked_fill(some_text == 0, 0), scale, dropout)
+    return out * some_text.to(out.dtype)

@@ -22,7 +22,7 @@ from yopo.models.decode_graph import Step, fits, has_fixed_angles, is_step, slot
 from yopo.models.fusing import fuse
 from yopo.models.layers import call_layer, is_called_by_us_alone
 from yopo.models.parts import Parts
-from yopo.models.prefill_graph import Prefill, Prompt, is_prefill
+from yopo.models.prefill_graph import Places, Prefill, is_prefill
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -52,6 +52,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self._captured: dict[Any, Any] = {}
+        self._places = Places()
         # Over every pass: those that are not captured read the same memory.
         self.lock = threading.RLock()
 
@@ -79,12 +80,15 @@ class Graphs:
 
     def clear(self) -> None:
         """Lets go of all that was captured."""
-        self._captured = {}
+        self._captured, self._places = {}, Places()
 
     def _prefill(self, decoder: Any, called: Any, how: Run) -> Tensor:
-        plans, prompt = decoder._yopo_layer_plans, Prompt.of(decoder, called, how)
-        captured = self._known(plans, how, prompt.key, lambda: Prefill(decoder, plans, how, prompt))
-        return captured(called.cache, prompt, called.inputs_embeds.shape)
+        plans, embeds = decoder._yopo_layer_plans, called.inputs_embeds
+        placed = self._places.of(called, decoder.yopo_plan)
+        rotary = id(decoder.rotary_emb)  # kept alive by the prefill
+        key = placed.shape, embeds.shape[2], embeds.dtype, rotary
+        captured = self._known(plans, how, key, lambda: Prefill(decoder, plans, how, placed))
+        return captured(called, placed)
 
     def _step(self, decoder: Any, called: Any, how: Run) -> Tensor | None:
         plans, cache, embeds = decoder._yopo_layer_plans, called.cache, called.inputs_embeds

@@ -3,23 +3,23 @@ layers, of text as many as a bucket has."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from yopo.engine.forward import Run, merge, pack, prepare, share, through
+from yopo.engine.forward import Run, merge, prepare, share, through
 from yopo.engine.head_store import HeadStore, empty_stores
-from yopo.engine.layer import Shared
+from yopo.engine.layer import Pass
 from yopo.engine.layer_plan import LayerPlans
-from yopo.engine.packing import mapped
-from yopo.engine.visual_cache import VisualCache
+from yopo.engine.packing import Packing, mapped, to_device
 from yopo.models.captured import Captured, fill, rounded_up, shape_of
+from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import rope
 
 BUCKET = 32  # text rows are as many as a multiple of this
+LAYOUTS = 32  # are known at a time
 
 
 def is_prefill(called: Any) -> bool:
@@ -38,47 +38,83 @@ def is_prefill(called: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A prompt made ready for the layers. texts: how many text tokens each row has. key: the shapes
-    of what a captured prefill of it is for."""
+class Placed:
+    """Who is where in prompts of one layout. text, visual: packings on the CPU. index: on the
+    device. rows: (Nt + Nv,) there, what stands for no token repeats the last one. texts: how many
+    text tokens each row has. shape: of what a captured prefill of such prompts is for."""
 
+    text: Packing
+    visual: Packing
+    index: Pass
     rows: Tensor
-    shared: Shared
     texts: int
-    key: Any
+    shape: Any
 
     @classmethod
-    def of(cls, decoder: Any, called: Any, how: Run) -> Prompt:
+    def of(cls, called: Any, plan: PruningPlan, width: int, texts: int) -> Placed:
         """`called`: what the decoder was called with, resolved. Its cache gets the places."""
-        layout, embeds, cache = called.layout, called.inputs_embeds, called.cache
+        device = called.inputs_embeds.device
+        index = prepare(
+            called.layout, called.valid, called.cache, plan, device.type == "cpu", width
+        )
+        with torch.inference_mode(False):
+            there = to_device(index, device)
+            rows = there.rows.clamp(max=called.layout.visual.numel() - 1)
+        return cls(index.text, index.visual, there, rows, texts, shape_of(index))
+
+
+class Places:
+    """Where the tokens are of the prompts seen last: most differ in their text alone."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Placed] = {}
+        self._plan: PruningPlan | None = None
+
+    def of(self, called: Any, plan: PruningPlan) -> Placed:
+        """`called`: what the decoder was called with, resolved. Its cache gets the places."""
+        if self._plan is not plan:
+            self._known, self._plan = {}, plan
+        layout, device = called.layout, called.inputs_embeds.device
         texts = layout.shape[1] - int(layout.visual[0].sum())
         width = rounded_up(texts, BUCKET)
-        on_cpu = embeds.device.type == "cpu"
-        index = prepare(layout, called.valid, cache, decoder.yopo_plan, on_cpu, width)
-        cos, sin = rope(decoder, embeds, called.position_ids, layout.shape[1])
-        plans = decoder._yopo_layer_plans
-        shared = share(plans, index, pack(cos, index), pack(sin, index), how)
-        rows = pack(embeds, index)
-        return cls(rows, shared, texts, (shape_of(rows), shape_of(shared)))
+        each = (layout.visual, layout.image, layout.row, layout.col)
+        key = (layout.shape, layout.grids, device, *(x.numpy().tobytes() for x in each))
+        placed = self._known.pop(key, None)
+        if placed is None:
+            placed = Placed.of(called, plan, width, texts)
+        else:
+            called.cache.extend(layout, called.valid, placed.text, placed.visual)
+        self._known = {**dict(list(self._known.items())[-(LAYOUTS - 1) :]), key: placed}
+        return placed
 
 
 class Prefill:
     """The layers on prompts of one shape."""
 
-    def __init__(self, decoder: Any, plans: LayerPlans, how: Run, like: Prompt) -> None:
+    def __init__(self, decoder: Any, plans: LayerPlans, how: Run, placed: Placed) -> None:
         self._decoder, self._plans, self._how = decoder, plans, how
-        with torch.inference_mode(False), torch.no_grad():
-            device = like.rows.device
-            self._rows = torch.zeros_like(like.rows)
-            self._shared = mapped(like.shared, lambda each: each.to(device).contiguous().clone())
-        self._captured = Captured(like.rows.device)
+        self._rotary = decoder.rotary_emb
+        with torch.inference_mode(False):
+            self._index = mapped(placed.index, lambda each: each.contiguous().clone())
+        self._filled_for: Placed | None = placed
+        self._packed: tuple[Tensor, ...] | None = None  # rows, and cos and sin of their angles
+        self._captured = Captured(placed.rows.device)
 
-    def __call__(self, cache: VisualCache, prompt: Prompt, shape: Sequence[int]) -> Tensor:
-        """The output (B, n, d), not normed; `cache` gets what the layers stored."""
-        self._rows.copy_(prompt.rows)
-        fill(self._shared, prompt.shared)
+    def __call__(self, called: Any, placed: Placed) -> Tensor:
+        """The output (B, n, d), not normed, of what the decoder was `called` with, resolved; its
+        cache gets what the layers stored."""
+        cache, embeds = called.cache, called.inputs_embeds
+        angles = rope(self._decoder, embeds, called.position_ids, embeds.shape[1])
+        packed = tuple(x.flatten(0, 1)[placed.rows] for x in (embeds, *angles))
+        if self._packed is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._packed = mapped(packed, torch.zeros_like)
+        fill(self._packed, packed)
+        if self._filled_for is not placed:
+            fill(self._index, placed.index)
+            self._filled_for = placed
         rows, stores = self._captured(self._through)
-        empty = prompt.shared.index.text.width - prompt.texts
+        empty = placed.text.width - placed.texts
         for pair, filled in zip(cache.stores, stores, strict=True):
             for store, own in zip(pair, filled, strict=True):
                 store.take(own)
@@ -87,13 +123,14 @@ class Prefill:
                     store.text -= empty  # the last, which the tokens to come will fill
         cache.drop_slots(empty)
         cache.filling = False
-        return merge(rows, prompt.shared.index, shape)
+        return merge(rows, placed.index, embeds.shape)
 
     def _through(self) -> tuple[Tensor, list[tuple[HeadStore, HeadStore]]]:
+        assert self._packed is not None
+        rows, cos, sin = self._packed
+        shared = share(self._plans, self._index, cos, sin, self._how)
         filled = _Filled(empty_stores(self._plans.stored))
-        rows = through(
-            self._decoder.layers, self._plans, self._shared, self._rows, filled, self._how
-        )
+        rows = through(self._decoder.layers, self._plans, shared, rows, filled, self._how)
         return rows, filled.stores
 
 
