@@ -63,9 +63,10 @@ def attend(
     valueless = k.shape[2] - v.shape[2]
     if mask is not None and mask.dtype != q.dtype:
         mask = mask.to(q.dtype)
-    if sink is not None and not dropout:
-        out, log_sum = with_log_sum(q, k, v, mask, scale, causal)
-        if log_sum is not None:
+    if sink is not None and not (valueless or dropout):
+        found = with_log_sum(q, k, v, mask, scale, causal)
+        if found is not None:
+            out, log_sum = found
             return out * (log_sum[..., None] - sink).sigmoid().to(out.dtype)
     if (valueless or sink is not None) and q.shape[2] == 1 and not dropout:
         scores = ((q * scale) @ k.transpose(2, 3)).float()  # scaled first: float16 overflows
@@ -86,30 +87,29 @@ def attend(
 
 def with_log_sum(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor] | None:
     """Softmax attention, and of each query (B, H, Q) the logarithm of the sum of its softmax, which
     torch's kernels have at hand for their backward; None where there is no such kernel, or
     gradients are asked for, which it has none for."""
     if torch.is_grad_enabled() or not has_log_sums() or 0 in (*q.shape, k.shape[2]):
-        return None, None
+        return None
     aten, dim = torch.ops.aten, q.shape[3]
     if q.device.type == "cpu":
-        flash = aten._scaled_dot_product_flash_attention_for_cpu
-        out, log_sum = flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        of_cpu = aten._scaled_dot_product_flash_attention_for_cpu
+        out, log_sum = of_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
         return out, log_sum
     if q.device.type != "cuda" or dim % 8 or dim > 256:
-        return None, None
+        return None
     if mask is None and q.element_size() == 2 and has_flash(q.device):
-        out, log_sum = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[
-            :2
-        ]
+        flash = aten._scaled_dot_product_flash_attention
+        out, log_sum, *_ = flash(q, k, v, 0.0, causal, scale=scale)
         return out, log_sum
     if mask is not None:
         if k.shape[2] % 16:  # the kernel reads masks in such steps
-            return None, None
+            return None
         mask = mask.expand(*q.shape[:3], k.shape[2])
     efficient = aten._scaled_dot_product_efficient_attention
-    out, log_sum = efficient(q, k, v, mask, True, 0.0, causal, scale=scale)[:2]
+    out, log_sum, *_ = efficient(q, k, v, mask, True, 0.0, causal, scale=scale)
     return out, log_sum[:, :, : q.shape[2]]
 
 

@@ -241,58 +241,38 @@ def _attend_images(
 ) -> Tensor:
     """q (G·cells, H, D), each image's cells against its window and the text before it."""
     q = q.unflatten(0, (-1, group.cells)).transpose(1, 2)  # (G, H, cells, D)
+    # One band that sees all cells finds them in front of the text already.
+    beside = group.slots is None and [b.keys for b in group.bands] == [slice(0, group.cells)]
 
     def text(region: Tensor) -> Tensor:
         region = region[:, :, : group.text_slots]
         return heads(region if group.slots is None else region[group.row], kv_index)
 
     def cells(region: Tensor, n_visual: int) -> Tensor:
-        region = region[:, :, :n_visual]
+        region = region[:, :, : n_visual + (group.text_slots if beside else 0)]
         if group.slots is not None:
             region = region[group.row[:, None], :, group.slots].transpose(1, 2)
         return heads(region, kv_index)
 
-    (keys, values), (text_keys, text_values) = store.read(), store.read_text()
-    text_k, text_v = text(text_keys), text(text_values)
-    # One band that sees all cells finds them in front of the text already.
-    side_by_side = group.slots is None and [band.keys for band in group.bands] == [
-        slice(0, group.cells)
-    ]
-
-    def seen(region: Tensor, n_visual: int) -> Tensor:
-        if side_by_side:
-            return heads(region[:, :, : n_visual + group.text_slots], kv_index)
-        return cells(region, n_visual)
-
-    if sight.reads_keys:
-        seen_k = seen(keys, store.visual_keys)
-    if sight is Sight.ALL:
-        seen_v = seen(values, store.visual_values)
-
     def with_text(region: Tensor, of_text: Tensor, band: Band) -> Tensor:
-        return region if side_by_side else torch.cat([region[:, :, band.keys], of_text], dim=2)
+        return region if beside else torch.cat([region[:, :, band.keys], of_text], dim=2)
 
+    (keys, values), (text_k, text_v) = store.read(), map(text, store.read_text())
+    if sight.reads_keys:
+        cell_k = cells(keys, store.visual_keys)
+    if sight is Sight.ALL:
+        cell_v = cells(values, store.visual_values)
     outs = []
     for band in group.bands:
         mine = q[:, :, band.queries]
-        mask = band.mask
-        if not sight.reads_keys:
-            outs.append(
-                _attend_text(
-                    mine,
-                    text_k,
-                    text_v,
-                    mask[..., mask.shape[3] - group.text_slots :],
-                    band.some_text,
-                    scale,
-                    dropout,
-                )
-            )
-            continue
-        k = with_text(seen_k, text_k, band)
-        # Else the first keys have none.
-        v = with_text(seen_v, text_v, band) if sight is Sight.ALL else text_v
-        outs.append(attend(mine, k, v, mask, scale, dropout))
+        if sight.reads_keys:
+            k = with_text(cell_k, text_k, band)
+            # Else the first keys have none.
+            v = with_text(cell_v, text_v, band) if sight is Sight.ALL else text_v
+            outs.append(attend(mine, k, v, band.mask, scale, dropout))
+        else:
+            of_text = text_k, text_v, band.mask, band.some_text
+            outs.append(_attend_text(mine, *of_text, scale, dropout))
     out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
     return out.transpose(1, 2).flatten(0, 1)
 
@@ -309,14 +289,13 @@ def _attend_blocks(
 ) -> Tensor:
     q = visual.pad(q)  # (B, H, Vw, D)
     text_k, text_v = heads(store.text_keys, kv_index), heads(store.text_values, kv_index)
-    n_text = text_k.shape[2]
     k = heads(store.keys, kv_index) if sight.reads_keys else text_k
     v = heads(store.values, kv_index) if sight is Sight.ALL else text_v
     outs = []
     for queries, mask, some_text in seen.blocks:
         mine = q[:, :, queries]
         if not sight.reads_keys:
-            outs.append(_attend_text(mine, k, v, mask[..., -n_text:], some_text, scale, dropout))
+            outs.append(_attend_text(mine, k, v, mask, some_text, scale, dropout))
         else:
             outs.append(attend(mine, k, v, mask, scale, dropout))
     return visual.unpad(torch.cat(outs, dim=2))
@@ -331,10 +310,14 @@ def _attend_text(
     scale: float,
     dropout: float,
 ) -> Tensor:
-    """Attention over the text before a visual query; 0 where there is none."""
-    if k.shape[2] == 0:
+    """Attention over the text before a visual query, of which the last columns of mask are; 0
+    where there is none."""
+    n_text = k.shape[2]
+    if n_text == 0:
         return torch.zeros_like(q)
+    mask = mask[..., mask.shape[3] - n_text :]
     if some_text is None:
-        return attend(q, k, v, mask, scale, dropout)
+        # Not a slice: kernels of CUDA want memory that begins at a multiple of 16 bytes.
+        return attend(q, k, v, mask.clone(), scale, dropout)
     out = attend(q, k, v, mask.masked_fill(some_text == 0, 0), scale, dropout)
     return out * some_text.to(out.dtype)
