@@ -119,7 +119,8 @@ def turn(x: Tensor, count: int, angles: Angles, in_place: bool) -> Tensor:
     mine = x.narrow(1, 0, count)
     if cos.shape[-1] < x.shape[-1]:
         mine = mine.narrow(2, 0, cos.shape[-1])
-    swapped = mine.roll(mine.shape[-1] // 2, -1)
+    first, second = mine.chunk(2, dim=-1)
+    swapped = torch.cat([second, first], dim=-1)  # roll() would copy what is not contiguous
     if x.dtype != cos.dtype:
         turned = (mine * cos + swapped * sin).to(x.dtype)
     elif in_place:
