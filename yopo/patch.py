@@ -4,9 +4,10 @@
 No name in transformers is replaced but AutoTokenizer's loader on 5.x, see llava_tokenizer.py: each
 model is asked in `post_init`, and once more at the end of `from_pretrained`, for those that do not
 come by it. `from_pretrained(…, fuse=False)`, or YOPO_FUSE=0, keeps the weights of a model with a
-plan live (fusing.py). So it does not matter whether LLaVA, or what else derives from transformers'
-classes, was imported before or after, and a model without a plan stays what it is. How plans go
-with adapters, once peft is imported, is in peft_adapters.py, with saved configs in saved_sinks.py.
+plan live (fusing.py); YOPO_PLAN puts a plan on whatever is loaded (asked_plan.py). So it does not
+matter whether LLaVA, or what else derives from transformers' classes, was imported before or after,
+and a model without a plan stays what it is. How plans go with adapters, once peft is imported, is
+in peft_adapters.py, with saved configs in saved_sinks.py.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def enable() -> None:
         return
     require_transformers()
     # After the version check: these cannot even be imported on a foreign transformers.
+    from yopo.models.asked_plan import put_on
     from yopo.models.attach import apply
     from yopo.models.building import fuse_loaded, prune_loaded
     from yopo.models.peft_adapters import accompany_adapters
@@ -61,6 +63,7 @@ def enable() -> None:
             if _stock:
                 model = loaded[0] if isinstance(loaded, tuple) else loaded
                 prune_loaded(model)
+                put_on(model)
                 fuse_loaded(model, fuse)
         return loaded
 

@@ -95,7 +95,7 @@ def test_run_missing_module() -> None:
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--help"]) == 0
-    assert "run (-m MODULE | SCRIPT.py)" in capsys.readouterr().out
+    assert "run [--plan PLAN] (-m MODULE | SCRIPT.py)" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     out = capsys.readouterr().out

@@ -1,10 +1,12 @@
-"""`python -m yopo run (-m MODULE | SCRIPT.py) …`: runs any program as python itself would, with the
-patch in, so that the models it loads are pruned as their configs say. Knows nothing of models.
+"""`python -m yopo run [--plan PLAN] (-m MODULE | SCRIPT.py) …`: runs any program as python itself
+would, with the patch in, so that the models it loads are pruned as their configs say, or by PLAN.
+Knows nothing of models.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -13,15 +15,20 @@ from pathlib import Path
 
 from yopo.errors import BadInput
 
-USAGE = "python -m yopo run (-m MODULE | SCRIPT.py) [ARGUMENT …]"
-HELP = "run a module or script, unchanged; models whose configs have a plan are pruned by it"
+USAGE = "python -m yopo run [--plan PLAN] (-m MODULE | SCRIPT.py) [ARGUMENT …]"
+HELP = (
+    "run a module or script, unchanged; models whose configs have a plan are pruned by it, and by "
+    "--plan (a plan's file, or a pruned checkpoint) all that it loads"
+)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs `-m MODULE …` or `SCRIPT …` as python itself would, after `import yopo.patch`.
+    """Runs `-m MODULE …` or `SCRIPT …` as python itself would, after `import yopo.patch`; what
+    stands before it is ours.
 
-    Raises BadInput: no target, or none that exists.
+    Raises BadInput: no target, or none that exists; a plan that is none.
     """
+    plan, arguments = _plan_of(list(arguments))
     as_module = arguments[:1] == ["-m"]
     words = list(arguments[as_module:])
     target = words[0] if words else ""
@@ -36,6 +43,8 @@ def run(arguments: Sequence[str]) -> int:
         import_module("yopo.patch")
     except ImportError as error:
         raise BadInput(str(error)) from error
+    if plan is not None:
+        _ask_for(plan)
     sys.argv = words
     if as_module:
         if not _module_exists(target):
@@ -46,7 +55,31 @@ def run(arguments: Sequence[str]) -> int:
         if not getattr(sys.flags, "safe_path", False):
             sys.path[0] = str(Path(target).resolve().parent)
         runpy.run_path(target, run_name="__main__")
+    if plan is not None and import_module("yopo.models.asked_plan").pruned() == 0:
+        print(f"yopo: {target} loaded no model that {plan} was put on", file=sys.stderr)
     return 0
+
+
+def _plan_of(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """What --plan names, and the arguments without it."""
+    first, _, value = (arguments[0] if arguments else "").partition("=")
+    if first != "--plan":
+        return None, arguments
+    rest = arguments[1:]
+    if not value:
+        value, rest = (rest[0] if rest else ""), rest[1:]
+    if not value:
+        raise BadInput(f"run: --plan names no file; usage: {USAGE}")
+    return value, rest
+
+
+def _ask_for(plan: str) -> None:
+    """Has it put on what is loaded, in the processes that this one starts, too."""
+    try:
+        import_module("yopo.plan.pruning_plan").PruningPlan.load(plan)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"run: --plan: {error}") from error
+    os.environ[import_module("yopo.models.asked_plan").VARIABLE] = str(Path(plan).resolve())
 
 
 def _module_exists(name: str) -> bool:
