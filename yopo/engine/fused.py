@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from yopo.engine.kept_heads import kept
 from yopo.engine.layer import LayerCall, attend
 
 
@@ -53,16 +54,12 @@ class Product:
 
     def of_heads(self, heads: Tensor, head_dim: int) -> Product:
         """The part that gives `heads` (H',)."""
-
-        def chosen(x: Tensor) -> Tensor:
-            return x.unflatten(0, (-1, head_dim)).index_select(0, heads).flatten(0, 1)
-
-        return Product(chosen(self.weight), None if self.bias is None else chosen(self.bias))
+        bias = None if self.bias is None else kept(self.bias, heads, head_dim, 0)
+        return Product(kept(self.weight, heads, head_dim, 0), bias)
 
     def from_heads(self, heads: Tensor, head_dim: int) -> Product:
         """The part that takes `heads` (H',), the others being zero."""
-        weight = self.weight.unflatten(1, (-1, head_dim)).index_select(1, heads)
-        return Product(weight.flatten(1), self.bias)
+        return Product(kept(self.weight, heads, head_dim, 1), self.bias)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
+from yopo.engine.kept_heads import kept, kept_linear
 from yopo.engine.layer_plan import LayerPlan
 
 # Where activations are made that take values one by one, and those that do not.
@@ -211,13 +212,10 @@ def project_to_heads(
         every = to_heads(linear(x), count, head_dim)
         text, visual = every[:n_text], every[n_text:]
         return text, visual if heads is None else visual.index_select(1, heads)
-
-    def kept(rows: Tensor) -> Tensor:  # (H·D, …) → (H'·D, …)
-        return rows.unflatten(0, (-1, head_dim)).index_select(0, heads).flatten(0, 1)
-
-    bias = None if linear.bias is None else kept(linear.bias)
-    visual = F.linear(x[n_text:], kept(linear.weight), bias).unflatten(-1, (-1, head_dim))
-    return to_heads(linear(x[:n_text]), count, head_dim), visual
+    bias = None if linear.bias is None else kept(linear.bias, heads, head_dim, 0)
+    visual = kept_linear(x[n_text:], linear.weight, bias, heads, head_dim, 0)
+    text = to_heads(linear(x[:n_text]), count, head_dim)
+    return text, visual.unflatten(-1, (-1, head_dim))
 
 
 def project_from_heads(
@@ -228,8 +226,9 @@ def project_from_heads(
     if visual is None:
         return linear(text.flatten(1))
     if heads is not None and is_plain(linear):
-        kept = linear.weight.unflatten(1, (text.shape[1], -1)).index_select(1, heads).flatten(1)
-        return torch.cat([linear(text.flatten(1)), F.linear(visual.flatten(1), kept, linear.bias)])
+        weight, head_dim = linear.weight, text.shape[2]
+        of_visual = kept_linear(visual.flatten(1), weight, linear.bias, heads, head_dim, 1)
+        return torch.cat([linear(text.flatten(1)), of_visual])
     if heads is not None:
         visual = visual.new_zeros(len(visual), *text.shape[1:]).index_copy(1, heads, visual)
     every = torch.cat([text, visual]).flatten(1)

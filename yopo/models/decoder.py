@@ -112,7 +112,8 @@ class PrunedDecoder(Exchanged):
             if out is not None:
                 return called.answer(self.norm(out), None)
         embeds, plans = called.inputs_embeds, self._yopo_layer_plans
-        on_cpu = embeds.device.type == "cpu"
+        # Bands keep keys and values twice for the backward.
+        on_cpu = embeds.device.type == "cpu" and not torch.is_grad_enabled()
         index = prepare(layout, valid, cache, self.yopo_plan, on_cpu)
         cos, sin = rope(self, embeds, called.position_ids, past + embeds.shape[1])
         hidden_states: list[Tensor] | None = [] if called.output_hidden_states else None
