@@ -49,6 +49,32 @@ def host_table(figures: list[dict[str, Any]]) -> str:
     return tabulate(rows, heads, tablefmt="github", disable_numparse=True)
 
 
+def training_table(figures: list[dict[str, Any]]) -> str:
+    """Of training.training_figures."""
+    from tabulate import tabulate
+
+    heads = ["arm"]
+    for kind in ("image", "text"):
+        heads += [f"with {kind}: step, s", "× stock", "kept, MiB", "of stock"]
+    rows = [
+        [
+            row["arm"],
+            *(
+                words
+                for kind in ("image", "text")
+                for words in (
+                    f"{row[f'{kind}_s']:.2f}",
+                    f"{row[f'{kind}_ratio']:.2f}",
+                    f"{row[f'{kind}_kept_bytes'] / 2**20:.0f}",
+                    f"{row[f'{kind}_kept_of_stock']:.1%}",
+                )
+            ),
+        ]
+        for row in figures
+    ]
+    return tabulate(rows, heads, tablefmt="github", disable_numparse=True)
+
+
 def machine(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from yopo.bench.arms import ARMS, CHOICES
 from yopo.bench.host import host_figures, measure_host
 from yopo.bench.measure import Benchmark, check_memory, measure
-from yopo.bench.report import host_table, machine, result_of, save, table
+from yopo.bench.report import host_table, machine, result_of, save, table, training_table
+from yopo.bench.training import measure_training, training_figures
 from yopo.commands.input_checks import check_masses
 from yopo.commands.setting_options import add_prompt_arguments, preset_setting, refuse_less
 from yopo.counting.presets import PRESETS
@@ -48,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the host's time instead, of a narrow 32-layer model under --plan 25 or 12; of the "
         "other options only --device and --rounds have a say",
     )
+    parser.add_argument(
+        "--train",
+        action="store_true",
+        help="a training step instead, forward and backward: its time, and what the forward keeps",
+    )
     parser.set_defaults(command=bench)
 
 
@@ -55,6 +61,8 @@ def bench(args: argparse.Namespace) -> int:
     """Runs the benchmark. Raises BadInput before any heavy work where something is wrong."""
     if args.host:
         return _bench_host(args)
+    if args.train:
+        return _bench_training(args)
     benchmark = benchmark_of(args)
     _check_output(args.out)
     if args.threads is not None:
@@ -90,6 +98,22 @@ def _bench_host(args: argparse.Namespace) -> int:
     figures = host_figures(arms)
     print(host_table(figures))
     print(json.dumps({"machine": machine(device, torch.float32), "host": figures}))
+    return 0
+
+
+def _bench_training(args: argparse.Namespace) -> int:
+    """Prints a table, and the figures as JSON."""
+    setting = _setting(args)
+    refuse_less(args, rounds=1, threads=1)
+    _check_output(None)
+    device = _device(args.device, getattr(torch, setting.dtype))
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    on = machine(device, getattr(torch, setting.dtype))
+    tqdm.write(on)
+    figures = training_figures(measure_training(setting, device, args.rounds))
+    print(training_table(figures))
+    print(json.dumps({"machine": on, "training": figures}))
     return 0
 
 
