@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import random_llava
 import torch
@@ -131,6 +132,28 @@ def test_plan_order_and_words_are_those_of_the_function(
     assert f"\n{made.report}\nwritten: " in out
     written = Statistics.load(folder / STATISTICS)
     assert written.samples == made.statistics.samples and written.model == made.statistics.model
+
+
+@pytest.mark.slow
+def test_processes_that_a_launcher_starts_share_the_questions_and_write_one_folder(
+    run: Any, work: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "llava-shared"
+    done = processes.run(
+        "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "yopo", "calibrate",
+        str(work / "llava-v1-random"), "--data", str(work / "data.jsonl"), "--out", str(out),
+        "--device", "cpu", "--budget", "0.3", "--evaluations", "8", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count(f"written: {out}") == 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a launcher has it
+    try:
+        assert run(budget=0.3, evaluations=8)[0] == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert PruningPlan.load(out) == PruningPlan.load(tmp_path / "llava-v1-pruned")
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def mask_in(folder: Path) -> Any:

@@ -20,6 +20,7 @@ from yopo.calibration.collect import collect
 from yopo.calibration.config import RuleConfig, SearchConfig, config_of
 from yopo.calibration.divergence import divergence, references
 from yopo.calibration.head_rule import plan_by_rule
+from yopo.calibration.processes import is_first, shared
 from yopo.calibration.sample_split import SampleSplit, split_for
 from yopo.calibration.sample_statistics import Statistics
 from yopo.calibration.search import search
@@ -59,6 +60,7 @@ def calibrate(
     search_path: str | Path | None = None,
     progress: bool = False,
     tell: Callable[[str], Any] | None = None,
+    distributed: bool = False,
     **settings: Any,
 ) -> Calibration:
     """A plan for `model`, made from `samples`, model inputs of one prompt each (sample.py).
@@ -73,6 +75,9 @@ def calibrate(
         date with them: the same call goes on from where it was stopped. search_path: the same of
         the plans that a search tries.
     tell: is given each line of the report as soon as it is known.
+    distributed: the processes that torch.distributed joined, each of which calls this with the same
+        arguments, share the samples; each gets the plan that one alone would get, to the bit (on as
+        many threads), and the first writes and speaks.
 
     The model and its plan stay as they are, but for the order of its FFN neurons, and that only
     where `reorder_neurons` is set and the call succeeds.
@@ -87,27 +92,15 @@ def calibrate(
     if statistics is not None and statistics_path is not None:
         raise ValueError("statistics and statistics_path are both given: none are taken then")
     split = split_for(config, samples, held_out, measured=statistics is not None)
-    run = _Run(model, config, split, ReportSoFar(tell), search_path, progress)
-    config.check_fit(decoder_of(model).config)
-    before = run.order_before()
-    if statistics is None:
-        statistics = run.measure(statistics_path)
-    statistics.check(model)
-    order, seen = run.reorder(statistics)
-    try:
-        plan = run.fit(run.choose(seen))
-        run.judge(plan)
-    except BaseException:
-        if order is not None:
-            neurons.undo(model, order)
-        raise
-    plan = replace(plan, ffn_order=before if order is None else checksum(order))
-    return Calibration(plan, statistics, order, run.report.report)
+    with shared(distributed):
+        report = ReportSoFar(tell if is_first() else None)
+        run = _Run(model, config, split, report, search_path, progress)
+        return run.all(statistics, statistics_path)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One call of `calibrate`, and its steps in the order in which they are taken."""
+    """One call of `calibrate`: all of it, and its steps in the order in which they are taken."""
 
     model: nn.Module
     config: RuleConfig | SearchConfig
@@ -115,6 +108,23 @@ class _Run:
     report: ReportSoFar
     search_path: str | Path | None
     progress: bool
+
+    def all(self, statistics: Statistics | None, path: str | Path | None) -> Calibration:
+        self.config.check_fit(decoder_of(self.model).config)
+        before = self.order_before()
+        if statistics is None:
+            statistics = self.measure(path)
+        statistics.check(self.model)
+        order, seen = self.reorder(statistics)
+        try:
+            plan = self.fit(self.choose(seen))
+            self.judge(plan)
+        except BaseException:
+            if order is not None:
+                neurons.undo(self.model, order)
+            raise
+        plan = replace(plan, ffn_order=before if order is None else checksum(order))
+        return Calibration(plan, statistics, order, self.report.report)
 
     def order_before(self) -> str | None:
         """Which order FFN neurons are in already. Raises ValueError if it is to be changed."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from yopo.calibration.processes import in_turn, is_first
 from yopo.calibration.sample_statistics import Statistics, digest_of, fingerprint
 from yopo.engine import forward as engine
 from yopo.engine.layer import LayerCall, Shared, Stores, signed
@@ -62,19 +63,24 @@ def collect(
         empty = Statistics.empty(fingerprint(model), len(decoder.layers), *sizes)
         found = _going_on(empty, known, path)
         done, norms, saved_at = len(found), _column_norms(decoder), 0.0
-        bar = tqdm(islice(samples, limit), "statistics", total, disable=not progress, mininterval=1)
+        silent = not (progress and is_first())
+        bar = tqdm(islice(samples, limit), "statistics", total, disable=silent, mininterval=1)
+        path = path if is_first() else None
+
+        def measured(index: int, sample: Sample) -> Statistics | None:
+            inputs = prompt_of(sample)
+            digest = digest_of(inputs)
+            if index < done:
+                _refuse_other(found, index, digest)
+                return None
+            try:
+                return _measure(model, decoder, inputs, norms, digest, found.model, influence)
+            except ValueError as error:
+                raise ValueError(f"sample {index} (the first is 0): {error}") from error
+
         try:
-            for index, sample in enumerate(bar):
-                inputs = prompt_of(sample)
-                digest = digest_of(inputs)
-                if index < done:
-                    _refuse_other(found, index, digest)
-                    continue
-                try:
-                    one = _measure(model, decoder, inputs, norms, digest, found.model, influence)
-                except ValueError as error:
-                    raise ValueError(f"sample {index} (the first is 0): {error}") from error
-                found = found.then(one)
+            for one in in_turn(bar, measured):
+                found = found if one is None else found.then(one)
                 if path is not None and time.monotonic() - saved_at > SAVE_SECONDS:
                     found.save(path)
                     saved_at = time.monotonic()

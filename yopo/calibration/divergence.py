@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from yopo.calibration.processes import in_turn
 from yopo.counting.flops import Prompt
 from yopo.engine.visual_cache import VisualCache
 from yopo.models.trial import under
@@ -60,34 +61,37 @@ def references(
     """The dense `model` (whatever its plan), or the model under `plan`, on `samples`; where one has
     no answer, at most `answer_tokens` greedy tokens are. watching: gets the number of a sample, and
     gives the context in which its prompt and answer go through the model."""
-    made = []
+
+    def made(index: int, sample: Sample) -> Reference:
+        inputs = prompt_of(sample)
+        answer = sample.get(ANSWER)
+        if answer is None:
+            answer = greedy(model, inputs, answer_tokens)
+        if answer.dim() != 2 or answer.shape[0] != 1 or answer.shape[1] == 0:
+            raise ValueError(
+                f"{ANSWER} has shape {tuple(answer.shape)}; allowed: (1, tokens), not empty"
+            )
+        longer = with_answer(model, inputs, answer[:, :-1])
+        with watching(index):
+            out = model(**longer, use_cache=True)
+        dense = out.logits[0, -answer.shape[1] :].float().log_softmax(-1)
+        if not bool(dense.isfinite().all()):
+            raise ValueError(
+                f"sample {index} (the first is 0): the model's logits are not finite. Look at "
+                "its weights and dtype (float16 overflows in some models: try bfloat16)"
+            )
+        if not isinstance(out.past_key_values, VisualCache):
+            raise ValueError(
+                f"sample {index} (the first is 0) shows no image: calibrating takes prompts "
+                "with one"
+            )
+        prompt = _prompt(out.past_key_values, answer.shape[1] - 1)
+        return Reference(longer, answer, dense.cpu(), prompt)
+
     with under(model, plan):
-        for index, sample in enumerate(samples):
-            inputs = prompt_of(sample)
-            answer = sample.get(ANSWER)
-            if answer is None:
-                answer = greedy(model, inputs, answer_tokens)
-            if answer.dim() != 2 or answer.shape[0] != 1 or answer.shape[1] == 0:
-                raise ValueError(
-                    f"{ANSWER} has shape {tuple(answer.shape)}; allowed: (1, tokens), not empty"
-                )
-            longer = with_answer(model, inputs, answer[:, :-1])
-            with watching(index):
-                out = model(**longer, use_cache=True)
-            dense = out.logits[0, -answer.shape[1] :].float().log_softmax(-1)
-            if not bool(dense.isfinite().all()):
-                raise ValueError(
-                    f"sample {index} (the first is 0): the model's logits are not finite. Look at "
-                    "its weights and dtype (float16 overflows in some models: try bfloat16)"
-                )
-            if not isinstance(out.past_key_values, VisualCache):
-                raise ValueError(
-                    f"sample {index} (the first is 0) shows no image: calibrating takes prompts "
-                    "with one"
-                )
-            prompt = _prompt(out.past_key_values, answer.shape[1] - 1)
-            made.append(Reference(longer, answer, dense.cpu(), prompt))
-    return made
+        if watching is not nullcontext:  # who looks on wants to see all of them
+            return [made(index, sample) for index, sample in enumerate(samples)]
+        return list(in_turn(samples, made))
 
 
 @torch.no_grad()
@@ -99,19 +103,23 @@ def divergence(
     in distillation (arXiv 1503.02531): above 1 unlikely tokens count more."""
     kl = torch.empty(len(known), dtype=torch.float64)
     same = torch.empty(len(known), dtype=torch.bool)
+
+    def changed(_: int, rows: list[int]) -> tuple[list[int], Tensor, Tensor]:
+        batch = [known[row] for row in rows]
+        count = batch[0].answer.shape[1]
+        inputs = _together([reference.inputs for reference in batch])
+        logits = model(**inputs, use_cache=False).logits[:, -count:]
+        both = (
+            logits.float().log_softmax(-1).cpu(),
+            torch.stack([reference.log_probabilities for reference in batch]),
+        )
+        pruned, dense = ((one / temperature).log_softmax(-1) for one in both)
+        moved = temperature**2 * (dense.exp() * (dense - pruned)).sum(-1).double().mean(1)
+        return rows, moved, (dense.argmax(-1) == pruned.argmax(-1)).all(1)
+
     with under(model, plan):
-        for rows in _alike(known):
-            batch = [known[row] for row in rows]
-            count = batch[0].answer.shape[1]
-            inputs = _together([reference.inputs for reference in batch])
-            logits = model(**inputs, use_cache=False).logits[:, -count:]
-            both = (
-                logits.float().log_softmax(-1).cpu(),
-                torch.stack([reference.log_probabilities for reference in batch]),
-            )
-            pruned, dense = ((one / temperature).log_softmax(-1) for one in both)
-            kl[rows] = temperature**2 * (dense.exp() * (dense - pruned)).sum(-1).double().mean(1)
-            same[rows] = (dense.argmax(-1) == pruned.argmax(-1)).all(1)
+        for rows, moved, kept in in_turn(_alike(known), changed):
+            kl[rows], same[rows] = moved, kept
     return Change(kl, same)
 
 

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from yopo.calibration.budget import VisualCost
 from yopo.calibration.divergence import Reference, divergence
+from yopo.calibration.processes import by_first, is_first
 from yopo.calibration.sample_statistics import digest_of
 from yopo.errors import CannotGoOn
 from yopo.plan.pruning_plan import PruningPlan
@@ -65,7 +67,7 @@ class Trials:
         self._most, self._log = most, log
         self._by_plan: dict[PruningPlan, Evaluation] = {}
         self._file = None if path is None else _TrialsFile(path, _mark(mark, known))
-        self._bar = tqdm(desc="search", total=most, disable=not progress)
+        self._bar = tqdm(desc="search", total=most, disable=not (progress and is_first()))
 
     @property
     def done(self) -> tuple[Evaluation, ...]:
@@ -112,30 +114,36 @@ class _TrialsFile:
 
     def __init__(self, path: Path, mark: str) -> None:
         self._path = path
-        self._found: dict[str, tuple[float, float]] = {}
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
-            whole = [line for line in lines if line.endswith("\n")]
-            read = [json.loads(line) for line in whole]
-            begun = read[0]["of"] if read else mark
-            self._found = {one["plan"]: (one["kl"], one["same"]) for one in read[1:]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CannotGoOn(f"{path} is no file of a search: {error!r}") from error
-        if begun != mark:
-            raise CannotGoOn(
-                f"{path} was begun with another model or other samples: give the same in the same "
-                "order, or start anew"
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(whole) or json.dumps({"of": mark}) + "\n", encoding="utf-8")
+        self._found = by_first(partial(_begun, path, mark))
 
     def find(self, plan: PruningPlan) -> tuple[float, float] | None:
         return self._found.get(_key(plan))
 
     def add(self, plan: PruningPlan, kl: float, same: float) -> None:
         line = json.dumps({"plan": _key(plan), "kl": kl, "same": same})
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        if is_first():
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+def _begun(path: Path, mark: str) -> dict[str, tuple[float, float]]:
+    """What the file holds, by the keys of plans; from now on it is of `mark`."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        read = [json.loads(line) for line in whole]
+        begun = read[0]["of"] if read else mark
+        found = {one["plan"]: (one["kl"], one["same"]) for one in read[1:]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CannotGoOn(f"{path} is no file of a search: {error!r}") from error
+    if begun != mark:
+        raise CannotGoOn(
+            f"{path} was begun with another model or other samples: give the same in the same "
+            "order, or start anew"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(whole) or json.dumps({"of": mark}) + "\n", encoding="utf-8")
+    return found
 
 
 def _key(plan: PruningPlan) -> str:

@@ -1,6 +1,8 @@
 """`python -m yopo calibrate MODEL --data FILE --out DIR`: a pruned checkpoint of a model, from
 questions about images. Arguments, files and words; nothing is computed here.
 
+Under `accelerate launch` with several processes these share the samples, and the plan is the same.
+
 DIR is made under the name DIR.partial, and renamed when all is in it. Statistics and the plans
 that a search tries are kept there from the start: the same command goes on from where it stopped.
 """
@@ -12,7 +14,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from yopo.calibration.config import RULES, CalibrationConfig, config_of
 from yopo.calibration.results_folder import STATISTICS, TRIALS, is_ours, write
@@ -94,7 +96,8 @@ def _calibrate(args: argparse.Namespace, config: CalibrationConfig) -> None:
         check_model(args.model, "model")
         if "llava" not in args.out.name.lower():
             raise BadInput(f"--out: LLaVA loads only folders with 'llava' in the name: {args.out}")
-    device, questions = device_of(args.device), _questions(args, config)
+    questions, together = _questions(args, config), _joined(args.device)
+    device = device_of(args.device)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from yopo.calibration.calibrate import calibrate
     from yopo.calibration.sample_split import split
@@ -113,10 +116,23 @@ def _calibrate(args: argparse.Namespace, config: CalibrationConfig) -> None:
         search_path=partial / TRIALS,
         progress=True,
         tell=print,
+        distributed=together is not None,
     )
-    write(calibration, Path(args.model), partial)
-    partial.rename(args.out)
-    print(f"written: {args.out}")
+    if together is None or together.is_main_process:
+        write(calibration, Path(args.model), partial)
+        partial.rename(args.out)
+        print(f"written: {args.out}")
+    if together is not None:
+        together.wait_for_everyone()
+
+
+def _joined(device: str) -> Any:
+    """accelerate's state of the processes that this is one of, joined; None: it is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    from accelerate import PartialState
+
+    return PartialState(cpu=device == "cpu")
 
 
 def _questions(args: argparse.Namespace, config: CalibrationConfig) -> list[Question]:
