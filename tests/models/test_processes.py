@@ -20,9 +20,11 @@ from sharded import (
     Outcome,
     Setting,
     alone,
+    alone_on_the_first,
     in_ddp,
     in_fsdp,
     in_fsdp_by_transformers,
+    in_tp,
     in_zero,
     remove_in_parts,
     split,
@@ -127,16 +129,35 @@ def test_a_pruned_checkpoint_loaded_in_parts(processes: Processes, folder: str) 
     check(processes.run(in_fsdp_by_transformers, setting, folder), setting)
 
 
+SHARED = {
+    "exact": Setting(),
+    "drop": Setting(masses=("drop", "drop"), apply="after"),
+    "sink": Setting(masses=("sink", "sink"), apply="by loading"),
+    "exact, lopsided": Setting(lopsided=True, apply="after"),
+    "drop, lopsided": Setting(masses=("drop", "drop"), lopsided=True, apply="by loading"),
+    "sink/drop, lopsided": Setting(masses=("sink", "drop"), lopsided=True, apply="after"),
+}
+
+
 @needs_loading_in_parts
-@pytest.mark.parametrize("when", ["by loading", "after"])
+@pytest.mark.parametrize("setting", SHARED.values(), ids=SHARED)
 @pytest.mark.parametrize("given", [{"tp_plan": "auto"}, {"tp_size": COUNT}], ids=str)
-def test_tensor_parallelism_of_transformers_is_refused(
-    given: dict[str, Any], when: str, processes: Processes, folder: str
+def test_tensor_parallelism_of_transformers(
+    given: dict[str, Any], setting: Setting, processes: Processes, tmp_path: Path
 ) -> None:
-    setting = Setting(apply=when)
-    for said in processes.run(split, setting, type(setting.model()), folder, given):
-        assert "TypeError: this LlavaForConditionalGeneration is split over processes" in said
-        assert "tensor" in said and "Load it whole" in said
+    model = setting.model()
+    if setting.apply != "after":
+        yopo.apply(model, setting.plan)
+    model.save_pretrained(tmp_path)
+    right = alone_on_the_first(setting)
+    for found in processes.run(in_tp, setting, str(tmp_path), given):
+        for ours, theirs in ((found.before, right.before), (found.after, right.after)):
+            assert (ours[0] - theirs[0]).abs().max() < TOLERANCE
+            assert torch.equal(ours[1], theirs[1])
+        assert abs(found.loss - right.loss) < TOLERANCE
+        assert found.weights.keys() == right.weights.keys()
+        for name, weight in found.weights.items():
+            assert (weight - right.weights[name]).abs().max() < TOLERANCE, name
 
 
 @needs_loading_in_parts

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import layouts
 import torch
-from family_checks import a_plan
+from family_checks import a_plan, some_sinks
 from process_pair import COUNT
 from random_families import KINDS, build, make
 from torch import Tensor
@@ -41,7 +41,8 @@ class Setting:
 
     kind: of random_families.py, or "llama" by itself, given embeddings. images: which of BATCHES.
     masses: of the plan. checkpointing: of gradients. apply: the plan "before" or "after" the model
-    is put in parts. options: of what puts it in parts.
+    is put in parts. options: of what puts it in parts. lopsided: the plan keeps heads and neurons
+    of one half alone, or none.
     """
 
     kind: str = "llava-llama"
@@ -50,10 +51,24 @@ class Setting:
     checkpointing: bool = False
     apply: str = "before"
     options: tuple[tuple[str, Any], ...] = ()
+    lopsided: bool = False
 
     @property
     def plan(self) -> PruningPlan:
-        return a_plan(head_mass=self.masses[0], cut_mass=self.masses[1])
+        changes: dict[str, Any] = dict(head_mass=self.masses[0], cut_mass=self.masses[1])
+        if "sink" in self.masses:
+            changes["sinks"] = some_sinks(KINDS[self.kind])
+        plan = a_plan(**changes)
+        if not self.lopsided:
+            return plan
+        keep = plan.head_keep.clone()
+        keep[0, plan.num_heads // 2 :], keep[1] = False, False
+        keep[0, 0] = True
+        ffn = (3, 0) + (None,) * (plan.num_layers - 2)
+        attends = (True,) + (False,) * (plan.num_layers - 1)
+        return replace(
+            plan, head_keep=keep, ffn_ratio=1, ffn=ffn, visual_attention=attends, layer_cut=2
+        )
 
     def model(self) -> Any:
         """Without the plan."""
@@ -244,6 +259,45 @@ def remove_in_parts(rank: int, setting: Setting) -> str:
         return str(error)
     assert torch.equal(answers(model, seen)[0], dense)
     return ""
+
+
+def in_tp(rank: int, setting: Setting, folder: str, given: dict[str, Any]) -> Outcome:
+    """Tensor parallelism by transformers: both processes see the first one's rows, and the loss is
+    of these alone. The model is loaded with its plan, or dense and the plan put on."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+
+    with patched():
+        model = type(setting.model()).from_pretrained(folder, **given).eval()
+    if setting.apply == "after":
+        yopo.apply(model, setting.plan)
+    assert dist.get_world_size() == COUNT and any(
+        isinstance(p, DTensor) for p in stack_of(model).parameters()
+    )
+    setting.frozen(model)
+    seen = setting.seen(0)
+    before = answers(model, seen)
+    model.train()
+    loss = loss_of(model, seen, False)
+    _step(model, loss)
+    model.eval()
+    weights = {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+    return Outcome(before, answers(model, seen), loss.item(), weights)
+
+
+def alone_on_the_first(setting: Setting) -> Outcome:
+    """What each of `in_tp` should find."""
+    model, seen = yopo.apply(setting.model(), setting.plan), setting.seen(0)
+    before = answers(model, seen)
+    model.train()
+    loss = loss_of(model, seen, False)
+    _step(model, loss)
+    model.eval()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return Outcome(before, answers(model, seen), loss.item(), weights)
 
 
 def split(rank: int, setting: Setting, model: Any, folder: str, given: dict[str, Any]) -> str:

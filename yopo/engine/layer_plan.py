@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from yopo.engine.head_store import StoredHeads
+from yopo.engine.model_part import WHOLE, ModelPart
 from yopo.engine.packing import to_device
 from yopo.engine.text_attention import Sight
 from yopo.plan.config_fields import head_sizes
@@ -77,7 +78,9 @@ class LayerPlan:
     visual_kv_heads: the key and the value heads likewise.
     runs_visual: visual rows are not done with before this layer.
     attends_visual: visual rows go through attention (if with no head: its bias is added).
-    neurons: how many of the FFN's they use; None: all.
+    reads_visual: some head reads visual keys, of any process that computes a part of the layer.
+    neurons: how many of the FFN's they use; None: all. own_neurons: how many of these this process
+        computes.
     window: which of the plan's windows (`windows`) they see their neighbours in.
     sink: of its blind heads; None: none has one.
     """
@@ -98,7 +101,9 @@ class LayerPlan:
     visual_kv_heads: tuple[Tensor | None, Tensor | None]
     runs_visual: bool
     attends_visual: bool
+    reads_visual: bool
     neurons: int | None
+    own_neurons: int
     window: int
     sink: SinkWeights | None
 
@@ -110,13 +115,20 @@ class LayerPlan:
     @property
     def takes_visual(self) -> bool:
         """Whether this layer needs visual rows: to change them, or for keys that heads read."""
-        reads = any(
-            keys and count > 0 for keys, count in zip(self.visual_keys, self.kv_counts, strict=True)
-        )
-        return self.changes_visual or (self.runs_visual and reads)
+        return self.changes_visual or (self.runs_visual and self.reads_visual)
 
     @classmethod
-    def build(cls, plan: PruningPlan, layer: int, kv_heads: int, ffn_size: int) -> LayerPlan:
+    def build(
+        cls,
+        plan: PruningPlan,
+        layer: int,
+        kv_heads: int,
+        ffn_size: int,
+        part: ModelPart = WHOLE,
+    ) -> LayerPlan:
+        """kv_heads, ffn_size: of the whole model. part: what of it this process computes."""
+        sees = layer < plan.layer_cut and bool(plan.head_keep[layer].any())
+        plan, kv_heads = part.of_plan(plan), part.size(kv_heads)
         per_kv = plan.num_heads // kv_heads
         keep = plan.head_keep[layer]
         below_cut = layer < plan.layer_cut
@@ -169,7 +181,9 @@ class LayerPlan:
             visual_kv_heads=(_unless(visual_k, own[:kv_heads]), _unless(kv[SEEN], own[:kv_heads])),
             runs_visual=runs_visual,
             attends_visual=attends,
+            reads_visual=sees or every_key,
             neurons=None if neurons == ffn_size else neurons,
+            own_neurons=part.of_first(neurons, ffn_size),
             window=windows(plan).index(plan.windows[layer]),
             sink=_sink_of(plan.sinks, layer, text) if has_sink else None,
         )
@@ -251,14 +265,15 @@ class LayerPlans:
     dropout: float
 
     @classmethod
-    def build(cls, config: Any, plan: PruningPlan) -> LayerPlans:
+    def build(cls, config: Any, plan: PruningPlan, part: ModelPart = WHOLE) -> LayerPlans:
         size = config.intermediate_size
         _, kv_heads, head_dim = head_sizes(config)
         return cls(
             plans=[
-                LayerPlan.build(plan, layer, kv_heads, size) for layer in range(plan.num_layers)
+                LayerPlan.build(plan, layer, kv_heads, size, part)
+                for layer in range(plan.num_layers)
             ],
-            ffn_size=size,
+            ffn_size=part.size(size),
             head_dim=head_dim,
             dropout=getattr(config, "attention_dropout", 0.0) or 0.0,
         )

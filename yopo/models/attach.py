@@ -17,7 +17,7 @@ from torch import nn
 from yopo.models import original_llava
 from yopo.models.decoder import PrunedDecoder, shares_config
 from yopo.models.exchange import put, stock_of
-from yopo.models.parts import Parts, plan_of, refuse_foreign
+from yopo.models.parts import Parts, part_of, plan_of, refuse_foreign
 from yopo.models.peft_adapters import accompany_adapters
 from yopo.models.probe import probe
 from yopo.models.replaced import replaced_forward
@@ -99,6 +99,7 @@ def put_plan(parts: Parts, plan: PruningPlan) -> None:
     original_llava.instrument(type(parts.teller))
     for module, pruned in zip(parts.modules, parts.pruned_classes(), strict=True):
         put(module, pruned)
+    parts.decoder.yopo_part = part_of(parts)
     parts.decoder.set_plan(plan)
 
 

@@ -20,7 +20,7 @@ from yopo.models.fused_weights import lay_all, shares_weights
 from yopo.models.fusing import fuse
 from yopo.models.layers import exchange_new
 from yopo.models.original_llava import instrument
-from yopo.models.parts import Parts, refuse_foreign
+from yopo.models.parts import Parts, part_of, refuse_foreign
 from yopo.models.peft_adapters import accompany_adapters
 from yopo.plan.pruning_plan import RELEASED_FIELDS, PruningPlan
 from yopo.versions import has_rms_norm
@@ -55,10 +55,12 @@ def prune_loaded(model: Any) -> None:
     accompany_adapters(apply)
     for module, cls in zip(parts.modules, classes, strict=False):
         put(module, cls)
-    if parts.decoder.yopo_plan != plan:
-        parts.decoder.set_plan(plan)
+    part, decoder = part_of(parts), parts.decoder
+    if decoder.yopo_plan != plan or decoder.yopo_part != part:
+        decoder.yopo_part = part
+        decoder.set_plan(plan)
     else:
-        exchange_new(parts.decoder.layers)
+        exchange_new(decoder.layers)
 
 
 def fuse_loaded(model: Any, wanted: bool | None) -> None:

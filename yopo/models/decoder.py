@@ -20,6 +20,7 @@ from yopo.engine.forward import Run, merge, prepare, run
 from yopo.engine.layer import LayerCall
 from yopo.engine.layer_plan import LayerPlans
 from yopo.engine.layout import Grid
+from yopo.engine.model_part import WHOLE, ModelPart
 from yopo.models.arguments import Resolved, resolve
 from yopo.models.exchange import Exchanged, derive, put, stock_method
 from yopo.models.functions import Functions
@@ -38,6 +39,7 @@ class PrunedDecoder(Exchanged):
     yopo_plan: PruningPlan | None = None
     yopo_ffn_order: str | None = None  # which the FFN neurons are in, as the plan names it
     yopo_fused: bool = False  # passes are to go by fused weights
+    yopo_part: ModelPart = WHOLE  # of its layers, where several processes share them
     yopo_layout: str | None = None  # "released": what apply() was told of unknown embeddings
     _yopo_layer_plans: LayerPlans | None = None
     _yopo_graphs: Any = None  # see graphs.py
@@ -59,7 +61,7 @@ class PrunedDecoder(Exchanged):
             self.yopo_ffn_order = plan.ffn_order
         # Not as inference tensors, should apply() be called in inference mode: training may follow.
         with torch.inference_mode(False):
-            self._yopo_layer_plans = LayerPlans.build(self.config, plan)
+            self._yopo_layer_plans = LayerPlans.build(self.config, plan, self.yopo_part)
         exchange_layers(self.layers)
         watch_text(self.embed_tokens)
         self.yopo_plan = plan

@@ -108,7 +108,8 @@ class PrunedFFN(_Part):
             return own_forward(self, PrunedFFN)(*args, **kwargs)
         shared = pruned.shared
         n_text = shared.n_text
-        out = gated_ffn(self, _rows(args, kwargs), n_text, pruned.plan.neurons, shared.ffn_size)
+        own = pruned.plan.own_neurons
+        out = gated_ffn(self, _rows(args, kwargs), n_text, own, shared.ffn_size)
         pruned.reached.by = PrunedFFN
         return out
 

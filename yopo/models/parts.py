@@ -11,11 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
+from yopo.engine.model_part import WHOLE, ModelPart
 from yopo.models import families
 from yopo.models.causal_lm import PrunedCausalLM
 from yopo.models.decoder import PrunedDecoder
 from yopo.models.exchange import derive
 from yopo.models.layers import layer_in
+from yopo.plan.config_fields import head_sizes
 from yopo.plan.pruning_plan import PruningPlan
 
 
@@ -61,14 +63,39 @@ def plan_of(model: nn.Module) -> PruningPlan | None:
     return None
 
 
-def _split_over_processes(outer: Any) -> str | None:
-    """By what transformers has each process compute a part only; None: each computes all."""
-    words = {"tp": "tensor parallelism", "pp": "pipeline parallelism", "ep": "expert parallelism"}
+def part_of(parts: Parts) -> ModelPart:
+    """What of every layer this process computes, where transformers shares them (`tp_plan`).
+
+    Raises TypeError for heads that cannot be shared equally."""
+    outer = parts.outer
+    mesh, count = getattr(outer, "_device_mesh", None), _processes(outer).get("tp", 0)
+    if count < 2 or mesh is None:
+        return WHOLE
+    names = mesh.mesh_dim_names
+    heads, kv_heads, _ = head_sizes(parts.decoder.config)
+    if heads % count or kv_heads % count:
+        raise TypeError(
+            f"{heads} heads and {kv_heads} key/value heads cannot be shared equally by the {count} "
+            "processes of tensor parallelism (tp_plan): take as many as divide both"
+        )
+    return ModelPart(mesh.get_local_rank("tp" if names else None), count)
+
+
+def _processes(outer: Any) -> dict[str, int]:
+    """Over how many transformers splits the model, by the short name of the way."""
     mesh = getattr(outer, "_device_mesh", None)
     sizes = {"tp": getattr(outer, "tp_size", 0) or 0}
     if mesh is not None:
         names = mesh.mesh_dim_names or ("tp",)  # up to 4.57 there may be one without a name
         sizes |= dict(zip(names, mesh.shape, strict=False))
+    return sizes
+
+
+def _split_otherwise(outer: Any) -> str | None:
+    """By what transformers has each process compute a part that a pass does not know; None: by
+    nothing."""
+    words = {"pp": "pipeline parallelism", "ep": "expert parallelism"}
+    sizes = _processes(outer)
     return next((words[name] for name in words if sizes.get(name, 0) > 1), None)
 
 
@@ -76,11 +103,12 @@ def refuse_foreign(parts: Parts) -> None:
     """Raises TypeError where the layers lack what the engine calls or are in parts on several
     processes, ImportError where the unpruned calls would need a flash-attn that is not there."""
     outer, decoder = parts.outer, parts.decoder
-    if split := _split_over_processes(outer):
+    if split := _split_otherwise(outer):
         raise TypeError(
-            f"this {type(outer).__name__} is split over processes by {split} (tp_plan, "
-            "DistributedConfig), each of which has some heads or layers only: a pruned pass does "
-            "not know which. Load it whole, or with its weights sharded by FSDP"
+            f"this {type(outer).__name__} is split over processes by {split} (DistributedConfig), "
+            "each of which has some layers or parts of them only: a pruned pass does not know "
+            "which. Load it whole, by tensor parallelism (tp_plan='auto'), or with its weights "
+            "sharded by FSDP"
         )
     layer = layer_in(decoder.layers[0])
     wanted = {

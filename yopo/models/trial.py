@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from yopo.models.attach import apply, remove
-from yopo.models.parts import Parts, plan_of
+from yopo.models.parts import Parts, part_of, plan_of
 from yopo.plan.pruning_plan import PruningPlan
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -20,6 +20,11 @@ Model = TypeVar("Model", bound=nn.Module)
 def under(model: Model, plan: PruningPlan | None) -> Iterator[Model]:
     """`model` in eval mode under `plan`; None: one that prunes nothing, so that the model is dense
     but knows where its visual tokens are. Afterwards its own plan, or none, and mode are back."""
+    if part_of(Parts.of(model)).count > 1:
+        raise ValueError(
+            "the model is shared by processes (tensor parallelism), each of which sees some heads "
+            "only: calibrate it whole, on one process or on several with a copy each"
+        )
     applied, before = hasattr(Parts.of(model).outer, "_yopo_before"), plan_of(model)
     training = model.training
     apply(model, plan or PruningPlan.dense(config_of(model)))
