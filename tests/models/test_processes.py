@@ -13,6 +13,7 @@ from typing import Any
 import layouts
 import pytest
 import torch
+import transformers
 from packaging.version import Version
 from process_pair import COUNT, Processes
 from random_families import KINDS
@@ -139,9 +140,15 @@ SHARED = {
 }
 
 
-@needs_loading_in_parts
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("4.57"), reason="not tried with older transformers"
+)
 @pytest.mark.parametrize("setting", SHARED.values(), ids=SHARED)
-@pytest.mark.parametrize("given", [{"tp_plan": "auto"}, {"tp_size": COUNT}], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [{"tp_plan": "auto"}, pytest.param({"tp_size": COUNT}, marks=needs_loading_in_parts)],
+    ids=str,
+)
 def test_tensor_parallelism_of_transformers(
     given: dict[str, Any], setting: Setting, processes: Processes, tmp_path: Path
 ) -> None:
