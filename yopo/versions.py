@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from functools import cache
 from typing import Any
 
@@ -19,16 +20,20 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+StaticCache = getattr(transformers.cache_utils, "StaticCache", None)  # from 4.38 on
+
 __all__ = [
     "CACHE_FIELD",
     "CACHE_NAMES",
     "DynamicCache",
+    "StaticCache",
     "attention_is_switchable",
     "attention_output",
     "auto_tokenizer_ignores_class",
     "checkpoints_itself",
-    "clear_dynamic_cache",
+    "clear_stock_cache",
     "crop_counts_removed",
+    "emptied",
     "has_families",
     "has_flash",
     "has_log_sums",
@@ -36,6 +41,7 @@ __all__ = [
     "is_compiling",
     "layer_returns_tuple",
     "llava_expects_images_in_ids",
+    "longest",
     "newer_than_tested",
     "nothing_captured",
     "passed_to_every_forward",
@@ -229,14 +235,15 @@ def read_stock_cache(cache: Any) -> list[tuple[Tensor, Tensor]]:
         return [(layer[0], layer[1]) for layer in cache]
     layers = getattr(cache, "layers", None)
     if layers is not None:
-        return [
-            (layer.keys, layer.values)
-            for layer in layers
-            if getattr(layer, "keys", None) is not None
-        ]
-    return list(
-        zip(getattr(cache, "key_cache", ()), getattr(cache, "value_cache", ()), strict=True)
-    )
+        both = [(layer.keys, layer.values) for layer in layers]
+    else:
+        names = ("key_cache", "value_cache")
+        both = list(zip(*(getattr(cache, name, ()) for name in names), strict=True))
+    filled = [(keys, values) for keys, values in both if keys is not None]
+    if not filled or longest(cache) is None:
+        return filled
+    past = int(cache.get_seq_length())  # of static layers the rest is empty
+    return [(keys[:, :, :past], values[:, :, :past]) for keys, values in filled] if past else []
 
 
 def llava_expects_images_in_ids() -> bool:
@@ -255,11 +262,39 @@ def no_maximum() -> Any:
     return (getattr(asked, "get_max_cache_shape", None) or asked.get_max_length)()
 
 
-def clear_dynamic_cache(cache: Any) -> None:
-    """Lets go of the tensors in a DynamicCache, whichever lists this version holds them in."""
+def longest(cache: Any) -> int | None:
+    """How many tokens a StaticCache has room for; None of any other. Layers may differ (those with
+    a sliding window), which a pruned pass goes by at other places."""
+    if StaticCache is None or not isinstance(cache, StaticCache):
+        return None
+    layers = getattr(cache, "layers", ())
+    return max([layer.max_cache_len for layer in layers] or [cache.max_cache_len])
+
+
+def clear_stock_cache(cache: Any) -> None:
+    """Lets go of the tensors in a cache, whichever lists this version holds them in."""
     for name in ("layers", "key_cache", "value_cache"):
         if isinstance(vars(cache).get(name), list):
             setattr(cache, name, [])
+
+
+def emptied(cache: Any) -> tuple[type, dict[str, Any]] | None:
+    """The class of a stock cache, and the attributes that it has when it is empty, none of which
+    holds memory. None for a StaticCache of before 4.54, which is made with all its memory."""
+    blank = dict(vars(cache))
+    if "layers" in blank:
+        blank["layers"] = list(map(copy, blank["layers"]))
+        for layer in blank["layers"]:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+            for name in [name for name in vars(layer) if name.startswith("cumulative_length")]:
+                is_tensor = isinstance(getattr(layer, name), Tensor)
+                setattr(layer, name, torch.tensor(0, device="cpu") if is_tensor else 0)
+    elif type(cache) is StaticCache:
+        return None
+    else:
+        blank |= {"key_cache": [], "value_cache": [], "_seen_tokens": 0}
+    return type(cache), blank
 
 
 # -------------------------------------------------------------------------------------- classes

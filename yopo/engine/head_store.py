@@ -31,7 +31,8 @@ class HeadStore:
 
     `keys` (B, H, Vk + T, D), `values` (B, H, Vv + T, D), where Vk and Vv are the visual slots
     stored of each: all, or 0 where the plan never reads them. `paired`: Vk = Vv, and both lie in
-    one buffer, (2, B, H, V + T, D), so that one write adds both.
+    one buffer, (2, B, H, V + T, D), so that one write adds both. `reserve`: how many text slots a
+    new buffer has room for beyond what it is filled with; None: some, in proportion.
     """
 
     def __init__(self, paired: bool = True) -> None:
@@ -43,6 +44,7 @@ class HeadStore:
         self.visual_keys = 0
         self.visual_values = 0
         self.text = 0
+        self.reserve: int | None = None
 
     def read(self) -> tuple[Tensor, Tensor]:
         """`keys` and `values`."""
@@ -84,16 +86,17 @@ class HeadStore:
         here, or has gradients.
         """
         new = 0 if visual is None else visual.shape[3]
+        room = _room(self.text + text.shape[3], self.reserve) if spare else None
         if self._paired:
             old = (None,) if self._buffers is None else self._buffers
             grown: tuple[Tensor, ...] = (
-                _grown(old[0], self.visual_keys, self.text, visual, text, spare),
+                _grown(old[0], self.visual_keys, self.text, visual, text, room),
             )
             self.visual_values += new
         else:
             old = (None, None) if self._buffers is None else self._buffers
-            keys = _grown(old[0], self.visual_keys, self.text, visual, text[:1], spare)
-            grown = keys, _grown(old[1], self.visual_values, self.text, None, text[1:], spare)
+            keys = _grown(old[0], self.visual_keys, self.text, visual, text[:1], room)
+            grown = keys, _grown(old[1], self.visual_values, self.text, None, text[1:], room)
         self._buffers = grown
         self.visual_keys += new
         self.text += text.shape[3]
@@ -104,7 +107,7 @@ class HeadStore:
 
     def take(self, other: HeadStore) -> None:
         """Holds what `other` holds."""
-        vars(self).update(vars(other))
+        vars(self).update(vars(other), reserve=self.reserve)
 
     def keep(self, visual: int, text: int) -> None:
         """Forgets all slots but the first `visual` and the first `text` ones."""
@@ -182,17 +185,23 @@ class StaticStore(HeadStore):
         store._buffers = self._buffers
 
 
+def _room(text: int, reserve: int | None) -> int:
+    """How many text slots a new buffer has that is filled with `text` of them."""
+    return int(GROWTH * text) + SPARE if reserve is None else text + reserve
+
+
 def _grown(
     old: Tensor | None,
     visual: int,
     text: int,
     new_visual: Tensor | None,
     new_text: Tensor,
-    spare: bool,
+    room: int | None,
 ) -> Tensor:
-    """The buffer (P, B, H, S, D) with room for, and filled with, the new visual and text slots."""
+    """The buffer (P, B, H, S, D) filled with the new visual and text slots; if it has to be made,
+    with room for so many text slots. None: made anew in any case, without room."""
     used = visual + text
-    if not spare:
+    if room is None:
         parts = [] if old is None else [old[:, :, :, :visual]]
         parts += [] if new_visual is None else [new_visual]
         parts += [] if old is None else [old[:, :, :, visual:used]]
@@ -203,8 +212,8 @@ def _grown(
     frozen = old is not None and old.is_inference() and not torch.is_inference_mode_enabled()
     if old is None or extra or needed > old.shape[3] or frozen:
         # The visual region stays in front: it never grows while decoding, the text behind it does.
-        room = visual + extra + int(GROWTH * (text + added)) + SPARE
-        buffer = new_text.new_empty(*new_text.shape[:3], room, new_text.shape[4])
+        slots = visual + extra + room
+        buffer = new_text.new_empty(*new_text.shape[:3], slots, new_text.shape[4])
         if old is not None:
             buffer[:, :, :, :visual] = old[:, :, :, :visual]
             buffer[:, :, :, visual + extra : used + extra] = old[:, :, :, visual:used]

@@ -18,8 +18,11 @@ from yopo.engine.packing import Packing
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import (
     DynamicCache,
-    clear_dynamic_cache,
+    StaticCache,
+    clear_stock_cache,
     crop_counts_removed,
+    emptied,
+    longest,
     no_maximum,
     read_stock_cache,
 )
@@ -30,11 +33,23 @@ def refuse_foreign(cache: Any) -> None:
     if cache is None or isinstance(cache, tuple | list | VisualCache):
         return
     offloads = getattr(cache, "offloading", False)
-    if type(cache) is not DynamicCache or offloads:
+    if type(cache) not in (DynamicCache, StaticCache) or offloads:
         raise ValueError(
             f"past_key_values is {'an offloading' if offloads else 'a'} {type(cache).__name__}, "
             "which a pruned pass over an image cannot fill: its layers store different heads. Pass "
-            "a transformers DynamicCache, or None (generate: leave out cache_implementation)"
+            "a transformers DynamicCache, a StaticCache, or None (generate: leave out "
+            "cache_implementation, or 'static')"
+        )
+
+
+def refuse_longer(cache: Any, length: int) -> None:
+    """Raises ValueError where a cache of a fixed length has no room for `length` tokens."""
+    limit = cache.limit if isinstance(cache, VisualCache) else longest(cache)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"this call makes the sequence {length} tokens long, but past_key_values is static and "
+            f"holds {limit} of them: make it longer (max_cache_len), or pass a DynamicCache, which "
+            "grows"
         )
 
 
@@ -51,6 +66,8 @@ class VisualCache(DynamicCache):
         -1 in empty slots.
     valid: (B, length) bool, False at padding.
     even: in no row of the batch a slot is empty.
+    limit: how many tokens a row may have: it was a StaticCache, and its stores get room for all of
+        them at once, so that no buffer grows or moves while text is decoded. None: any number.
 
     These tensors lie on the CPU, where masks are made of them: a decode step that needs no mask
     then costs the device nothing. Made by `adopt`, which turns the caller's own cache object into
@@ -63,6 +80,8 @@ class VisualCache(DynamicCache):
     filling: bool
     valid: Tensor
     even: bool
+    limit: int | None
+    _before: tuple[type, dict[str, Any]] | None
     _layouts: list[VisualLayout]
     _orders: list[tuple[Tensor, Tensor]]
 
@@ -119,12 +138,13 @@ class VisualCache(DynamicCache):
         if isinstance(cache, VisualCache):
             return cache
         refuse_foreign(cache)
-        past = read_stock_cache(cache)
+        past, limit = read_stock_cache(cache), longest(cache)
         if cache is None or isinstance(cache, tuple | list):
             cache = DynamicCache()
-        clear_dynamic_cache(cache)
-        # In place, since the caller goes on with this very object; the two classes differ in
-        # Python attributes only.
+        cache._before, cache.limit = emptied(cache), limit
+        clear_stock_cache(cache)
+        # In place, since the caller goes on with this very object; the classes differ in Python
+        # attributes only.
         cache.__class__ = cls
         cache.plan = plan
         cache.stores = empty_stores(stored)
@@ -169,6 +189,9 @@ class VisualCache(DynamicCache):
         self.even = self.even and text.gather is None and visual.gather is None
         self.valid = valid
         self.length = valid.shape[1]
+        if self.limit is not None and (len(visual) or self.stores[0][0].reserve is None):
+            for store in (store for pair in self.stores for store in pair):
+                store.reserve = self.limit - self.length
 
     def drop_slots(self, count: int) -> None:
         """Forgets the last `count` text slots, in which no row has a token."""
@@ -196,10 +219,13 @@ class VisualCache(DynamicCache):
         return self.length
 
     def get_max_length(self, layer_idx: int | None = None) -> Any:
-        return no_maximum()
+        return no_maximum() if self.limit is None else self.limit
 
-    def get_max_cache_shape(self, layer_idx: int | None = None) -> Any:
-        return no_maximum()
+    get_max_cache_shape = get_max_length
+
+    @property
+    def max_cache_len(self) -> Any:
+        return self.get_max_length()
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
         width = query_length if isinstance(query_length, int) else len(query_length)
@@ -229,6 +255,8 @@ class VisualCache(DynamicCache):
     def batch_size(self) -> int:
         return self.valid.shape[0]
 
+    max_batch_size = batch_size
+
     def __len__(self) -> int:
         return len(self.stores)
 
@@ -257,7 +285,16 @@ class VisualCache(DynamicCache):
         )
 
     def reset(self) -> None:
-        raise ValueError("a cache filled by a pruned pass cannot be reset: take a new DynamicCache")
+        """Empties it: it is of the class again that it was before."""
+        if self._before is None:
+            raise ValueError(
+                "a cache filled by a pruned pass cannot be reset in this version of transformers: "
+                "take a new one"
+            )
+        before, blank = self._before
+        vars(self).clear()
+        vars(self).update(blank)
+        self.__class__ = before
 
     def crop(self, max_length: int) -> None:
         """Forgets the last -max_length tokens of each row, or all but the first `max_length`

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from yopo.engine.layout import Grid, VisualLayout
-from yopo.engine.visual_cache import VisualCache, refuse_foreign
+from yopo.engine.visual_cache import VisualCache, refuse_foreign, refuse_longer
 from yopo.models.exchange import named, stock_parameters
 from yopo.models.layers import layer_in, parts_in
 from yopo.models.shown import known_of, layout_of
@@ -89,19 +90,16 @@ def resolve(
     if (ids is None) == (embeds is None):
         return None  # stock knows what to say of it
     batch, n = (ids if embeds is None else embeds).shape[:2]
-    past = past_length(cache)
-    layout = known_of(decoder, visual_mask, visual_grids, embeds, cache, past, (batch, n))
+    asked = partial(past_length, cache)
+    layout = known_of(decoder, visual_mask, visual_grids, embeds, cache, asked, (batch, n))
     if layout is None and not isinstance(cache, VisualCache):
         return None
     refuse_foreign(cache)
+    past = past_length(cache)
     if isinstance(cache, VisualCache):
         cache.check(decoder.yopo_plan, batch)
+    refuse_longer(cache, past + n)
     mask = given.get("attention_mask")
-    if isinstance(mask, dict):
-        raise ValueError(
-            "attention_mask is a dict of masks made for a static or sliding cache, which a pruned "
-            "pass over an image cannot fill: generate without cache_implementation"
-        )
     valid = valid_tokens(mask, cache, batch, past, n)
     layout = layout_of(layout, cache, past, valid[:, past:])
     if not layout.visual.any() and not isinstance(cache, VisualCache):
@@ -206,35 +204,53 @@ def past_length(cache: Any) -> int:
     return int(cache.get_seq_length())
 
 
-def valid_tokens(
-    attention_mask: Tensor | None, cache: Any, batch: int, past: int, n: int
-) -> Tensor:
-    """(B, past + n) bool on the CPU, False at padding, from a 2-D or a causal 4-D mask."""
-    if attention_mask is None:
+def valid_tokens(mask: Any, cache: Any, batch: int, past: int, n: int) -> Tensor:
+    """(B, past + n) bool on the CPU, False at padding, from a 2-D or a causal 4-D mask.
+
+    For a static cache generate() makes a 4-D one, as wide as the cache is long, or a dict of one
+    for each kind of layer, which differ only where a sequence is longer than a sliding window.
+    """
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if mask is None:
         seen = cache.valid if isinstance(cache, VisualCache) else None
         if seen is None:
             seen = torch.ones(batch, past, dtype=torch.bool, device="cpu")
         new = torch.ones(batch, n, dtype=torch.bool, device="cpu")
         return torch.cat([seen, new], dim=1)
-    mask = attention_mask.detach().cpu()
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"attention_mask is a {type(mask).__name__}; a pruned pass takes the 2-D mask (batch, "
+            "tokens) of the padding. Load the model with attn_implementation='sdpa'"
+        )
+    shape, mask = tuple(mask.shape), mask.detach()
     if mask.dim() == 4:
-        seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # (B, n, past + n)
-        mask = seen[:, -1].expand(batch, -1)
-        rows = torch.arange(past, past + n, device="cpu")[:, None]
-        causal = torch.arange(past + n, device="cpu") <= rows
-        fits = seen.shape[1:] == causal.shape
-        alive = mask[:, past:, None]  # a padded query may see anything
-        if not fits or not torch.equal(seen & alive, causal & mask[:, None] & alive):
-            raise ValueError(
-                f"attention_mask of shape {tuple(attention_mask.shape)} is not the causal mask of "
-                "a padded batch; a pruned pass takes the 2-D mask (batch, tokens) of the padding"
-            )
+        mask = _columns_seen(mask, past, n).expand(batch, -1)
     if mask.dim() != 2 or mask.shape != (batch, past + n):
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; a pruned pass over {n} "
-            f"tokens after {past} cached ones takes {(batch, past + n)}"
+            f"attention_mask has shape {shape}; a pruned pass over {n} tokens after {past} cached "
+            f"ones takes {(batch, past + n)}"
         )
-    return mask != 0
+    return mask.cpu() != 0
+
+
+def _columns_seen(mask: Tensor, past: int, n: int) -> Tensor:
+    """(B, past + n) bool, the columns that a causal mask (B, 1, n, past + n or more) lets see.
+
+    Compared where it lies: it may be large."""
+    sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    columns = sees[:, -1, : past + n]
+    rows = torch.arange(past, past + n, device=mask.device)[:, None]
+    causal = torch.arange(sees.shape[2], device=mask.device) <= rows
+    if sees.shape[1] == n and sees.shape[2] >= past + n:
+        alive = columns[:, past:, None]  # a padded query may see anything
+        shown = torch.nn.functional.pad(columns, (0, sees.shape[2] - past - n))[:, None]
+        if torch.equal(sees & alive, causal & shown & alive):
+            return columns
+    raise ValueError(
+        f"attention_mask of shape {tuple(mask.shape)} is not the causal mask of a padded batch; a "
+        "pruned pass takes the 2-D mask (batch, tokens) of the padding"
+    )
 
 
 def positions(

@@ -5,7 +5,7 @@ guessed but by name."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,11 +26,12 @@ def known_of(
     visual_grids: Sequence[Sequence[Grid]] | None,
     embeds: Tensor | None,
     cache: Any,
-    past: int,
+    past: Callable[[], int],
     shape: tuple[int, int],
 ) -> Call | VisualLayout | int | None:
     """What is known of the visual tokens of this call's (B, n) columns; None: there are none; a
-    number: the released guess, an image after so many tokens.
+    number: the released guess, an image after so many tokens. past: how many tokens are cached; of
+    a static cache the device has to be asked, so it is not where nothing hangs on it.
 
     In this order: the masks given; what a composite's forward says of this very call; token ids,
     which are text; what is remembered of these embeddings, and single tokens of the model's
@@ -44,14 +45,16 @@ def known_of(
     if visual_mask is not None or visual_grids is not None:
         known = told(visual_mask, visual_grids)
     if known is not None and known.visual_mask is not None:
-        if past == 0 and tuple(known.visual_mask.shape) != shape:
+        if past() == 0 and tuple(known.visual_mask.shape) != shape:
             raise ValueError(other_shape(known.visual_mask, batch, n))
         return known if isinstance(cache, VisualCache) or known.visual_mask.any() else None
     if embeds is None or batch == 0:  # without rows there is no image
         return None
-    before = cache.layout if isinstance(cache, VisualCache) else VisualLayout.empty(batch, past)
+    if known is not None and known.layout is None:
+        return None
+    before = cache.layout if isinstance(cache, VisualCache) else VisualLayout.empty(batch, past())
     if known is not None:
-        return known.layout if known.layout is None or past == 0 else known.layout.after(before)
+        return known.layout if past() == 0 else known.layout.after(before)
     text = _text_rows(decoder, embeds, before) if n == 1 else []
     if len(text) == batch:
         return None
@@ -59,7 +62,7 @@ def known_of(
     if layout is not None:
         return layout if layout.visual.any() else None
     guess = getattr(decoder.config, "sprompt_len", None)
-    if _released_is_asked_for(decoder) and guess is not None and past == 0:
+    if _released_is_asked_for(decoder) and guess is not None and past() == 0:
         return int(guess)
     otherwise = (
         f"; or set YOPO_LAYOUT=released, which takes one 24 × 24 image after {guess} tokens for "
