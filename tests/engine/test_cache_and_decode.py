@@ -322,27 +322,6 @@ def test_a_filled_cache_has_as_great_a_length_as_stock_s() -> None:
             assert ours == stock and type(ours) is type(stock)
 
 
-@torch.no_grad()
-def test_a_static_cache_is_refused() -> None:
-    cache = pytest.importorskip("transformers.cache_utils")
-    if not hasattr(cache, "StaticCache"):
-        pytest.skip("this transformers has no StaticCache")
-    model = build(SHAPE, a_plan())
-    try:
-        static = cache.StaticCache(config=model.config, max_cache_len=32)
-    except TypeError:  # older ones want to know more
-        static = cache.StaticCache(
-            config=model.config,
-            max_batch_size=1,
-            max_cache_len=32,
-            device="cpu",
-            dtype=torch.float32,
-        )
-    case = make_case([ROWS[0]], 32)
-    with pytest.raises((ValueError, TypeError), match="StaticCache"):
-        model(**columns(case, 0, case.shape[1], static, case.all_grids))
-
-
 @pytest.mark.parametrize("kv_heads", [6, 3])
 @pytest.mark.parametrize("masses", MASS, ids="/".join)
 @torch.no_grad()

@@ -150,3 +150,20 @@ def test_a_further_turn_goes_on_from_what_is_cached(kind: Kind) -> None:
         pytest.skip("stock itself gives other tokens (4.45 forgets M-RoPE's deltas in between)")
     expected, found = two_turns(yopo.apply(build(kind, VOCAB), a_plan()))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_static_cache_gives_the_tokens_of_one_that_grows(kind: Kind, beams: int) -> None:
+    """Twice: the second generate finds what the first left on the model."""
+    china, flower = photos()
+    rows = [(QUESTIONS[0], [china]), (QUESTIONS[1], [flower])]
+    given, how = inputs(kind, rows), dict(num_beams=beams)
+    try:
+        generate(build(kind, VOCAB), given, **how, cache_implementation="static")
+    except Exception as error:
+        pytest.skip(f"stock itself cannot: {error}")
+    model = yopo.apply(build(kind, VOCAB), a_plan())
+    expected = generate(model, given, **how)
+    for _ in range(2):
+        found = generate(model, given, **how, cache_implementation="static")
+        assert torch.equal(found, expected)

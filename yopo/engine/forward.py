@@ -192,7 +192,9 @@ def share(plans: LayerPlans, index: Pass, cos: Tensor, sin: Tensor, how: Run) ->
 def pack(x: Tensor, index: Pass) -> Tensor:
     """(B, n, D) → rows (Nt + Nv, D), text first; those that stand for no token repeat the last."""
     x = x.flatten(0, 1)
-    return x if index.is_whole else x[index.rows.clamp(max=x.shape[0] - 1).to(x.device)]
+    if index.is_whole:
+        return x
+    return x[to_device(index.rows.clamp(max=x.shape[0] - 1), x.device)]
 
 
 def merge(rows: Tensor, index: Pass, shape: Sequence[int]) -> Tensor:
@@ -201,7 +203,7 @@ def merge(rows: Tensor, index: Pass, shape: Sequence[int]) -> Tensor:
         return rows.view(shape)
     batch, n = shape[:2]
     merged = rows.new_zeros(batch * n + 1, rows.shape[1])  # the last for what stands for no token
-    merged = merged.index_copy(0, index.rows.to(rows.device), rows)
+    merged = merged.index_copy(0, to_device(index.rows, rows.device), rows)
     return merged[:-1].unflatten(0, (batch, n))
 
 

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from yopo.engine.layout import Grid, VisualLayout
 from yopo.engine.visual_cache import VisualCache, refuse_foreign, refuse_longer
 from yopo.models.exchange import named, stock_parameters
+from yopo.models.host_copies import on_cpu
 from yopo.models.layers import layer_in, parts_in
 from yopo.models.shown import known_of, layout_of
 from yopo.plan.pruning_plan import PruningPlan
@@ -223,7 +224,7 @@ def valid_tokens(mask: Any, cache: Any, batch: int, past: int, n: int) -> Tensor
             f"attention_mask is a {type(mask).__name__}; a pruned pass takes the 2-D mask (batch, "
             "tokens) of the padding. Load the model with attn_implementation='sdpa'"
         )
-    shape, mask = tuple(mask.shape), mask.detach()
+    shape = tuple(mask.shape)
     if mask.dim() == 4:
         mask = _columns_seen(mask, past, n).expand(batch, -1)
     if mask.dim() != 2 or mask.shape != (batch, past + n):
@@ -231,7 +232,7 @@ def valid_tokens(mask: Any, cache: Any, batch: int, past: int, n: int) -> Tensor
             f"attention_mask has shape {shape}; a pruned pass over {n} tokens after {past} cached "
             f"ones takes {(batch, past + n)}"
         )
-    return mask.cpu() != 0
+    return on_cpu(mask) != 0
 
 
 def _columns_seen(mask: Tensor, past: int, n: int) -> Tensor:

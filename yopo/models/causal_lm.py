@@ -13,13 +13,14 @@ from torch.nn import functional as F
 from yopo.engine.layout import Grid
 from yopo.models.arguments import cache_of, past_length
 from yopo.models.decoder import prune_decoder_of
-from yopo.models.exchange import Exchanged, stock_method, with_signature
+from yopo.models.exchange import stock_method, with_signature
+from yopo.models.generating import Generating
 from yopo.models.original_llava import keep_instrumented
 from yopo.models.shown import other_shape
 from yopo.models.told import during, told
 
 
-class PrunedCausalLM(Exchanged):
+class PrunedCausalLM(Generating):
     """A causal LM around a PrunedDecoder."""
 
     def forward(

@@ -16,6 +16,7 @@ from yopo.models import families
 from yopo.models.causal_lm import PrunedCausalLM
 from yopo.models.decoder import PrunedDecoder
 from yopo.models.exchange import derive
+from yopo.models.generating import Generating
 from yopo.models.layers import layer_in
 from yopo.plan.config_fields import head_sizes
 from yopo.plan.pruning_plan import PruningPlan
@@ -31,8 +32,11 @@ class Parts:
     teller: Any
 
     @property
-    def modules(self) -> tuple[Any, Any]:
-        return self.decoder, self.teller
+    def modules(self) -> tuple[Any, ...]:
+        """Those that get a class of ours."""
+        if self.outer is self.teller or not hasattr(self.outer, "generate"):
+            return self.decoder, self.teller
+        return self.decoder, self.teller, self.outer
 
     @classmethod
     def of(cls, model: Any) -> Parts:
@@ -47,12 +51,13 @@ class Parts:
         composite = families.composite_of(outer)
         return cls(outer, families.text_stack_of(composite), composite)
 
-    def pruned_classes(self) -> tuple[type, type]:
-        """The classes that decoder and teller get."""
-        decoder, teller = type(self.decoder), type(self.teller)
-        if isinstance(self.teller, LlamaForCausalLM):
-            return derive(PrunedDecoder, decoder), derive(PrunedCausalLM, teller)
-        return derive(PrunedDecoder, decoder), derive(families.family_of(self.teller), teller)
+    def pruned_classes(self) -> tuple[type, ...]:
+        """The classes that `modules` get."""
+        llama = isinstance(self.teller, LlamaForCausalLM)
+        telling = PrunedCausalLM if llama else families.family_of(self.teller)
+        mixins = (PrunedDecoder, telling, Generating)
+        pairs = zip(mixins, self.modules, strict=False)
+        return tuple(derive(mixin, type(module)) for mixin, module in pairs)
 
 
 def plan_of(model: nn.Module) -> PruningPlan | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from yopo.engine.layout import Grid, VisualLayout
 from yopo.engine.visual_cache import VisualCache
 from yopo.models import known_layouts
+from yopo.models.host_copies import on_cpu
 from yopo.models.told import CALL, Call, told
 
 RELEASED = "released"  # how the user asks for the released guess
@@ -47,7 +48,7 @@ def known_of(
     if known is not None and known.visual_mask is not None:
         if past() == 0 and tuple(known.visual_mask.shape) != shape:
             raise ValueError(other_shape(known.visual_mask, batch, n))
-        return known if isinstance(cache, VisualCache) or known.visual_mask.any() else None
+        return known if isinstance(cache, VisualCache) or on_cpu(known.visual_mask).any() else None
     if embeds is None or batch == 0:  # without rows there is no image
         return None
     if known is not None and known.layout is None:
@@ -127,14 +128,14 @@ def other_shape(mask: Tensor, batch: int, n: int) -> str:
 
 
 def _from_user(known: Call, before: VisualLayout, past: int, n: int, batch: int) -> VisualLayout:
-    mask, grids = known.visual_mask, known.grids
+    mask, grids = on_cpu(known.visual_mask), known.grids
     if mask.dim() != 2 or mask.shape[0] != batch:
         raise ValueError(other_shape(mask, batch, n))
     width = mask.shape[1]
     if width == n:
         return VisualLayout.from_mask(mask, grids, before)
     # generate() hands the prompt's mask over again at each step.
-    seen = mask[:, :past].to("cpu", torch.bool)
+    seen = mask[:, :past].bool()
     if past == 0 or width > past + n or not torch.equal(seen, before.visual[:, :width]):
         after = f", after {past} cached tokens with other visual tokens" if past else ""
         raise ValueError(other_shape(mask, batch, n) + after)

@@ -15,7 +15,8 @@ from torch import Tensor
 from yopo.engine.layout import Grid, VisualLayout
 from yopo.engine.visual_cache import VisualCache
 from yopo.models.arguments import cache_of
-from yopo.models.exchange import Exchanged, named, stock_method, with_signature
+from yopo.models.exchange import named, stock_method, with_signature
+from yopo.models.generating import Generating
 from yopo.models.told import call, during, told
 from yopo.versions import llava_expects_images_in_ids
 
@@ -40,7 +41,7 @@ class Image:
         return cls(grids, (True,) * sum(rows * cols for rows, cols in grids))
 
 
-class Composite(Exchanged):
+class Composite(Generating):
     """Put before the stock class of a composite while a plan is applied; a family's file derives
     from it. `self` is the live stock module."""
 
