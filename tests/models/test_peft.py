@@ -322,7 +322,7 @@ def test_a_plan_comes_with_its_adapter(
     assert PruningPlan.load(folders["adapter"] / PLAN_FILE) == PLAN
     loaded = load(folders["adapter"]).eval()
     assert runs_as(loaded, PLAN, answer)
-    outer = next(module for module in loaded.modules() if type(module) is type(base()))
+    outer = next(module for module in loaded.modules() if isinstance(module, type(base())))
     assert PruningPlan.from_config(outer.config) == PLAN
 
 

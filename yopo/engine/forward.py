@@ -210,9 +210,10 @@ def merge(rows: Tensor, index: Pass, shape: Sequence[int]) -> Tensor:
 def execution_device(layer: nn.Module, default: torch.device) -> torch.device:
     """Where a layer computes; for one that accelerate offloads, the device that its hook names; for
     one whose weights are in parts on several processes, `default`."""
-    weight = next(layer.parameters(), None)
-    if weight is None or type(weight) is not nn.Parameter or hasattr(weight, "ds_id"):
-        return default  # a tensor subclass is sharded (FSDP2), ds_id is DeepSpeed's
+    # A tensor subclass is quantised, and norms are plain; or sharded (FSDP2), as all are then.
+    weight = next((each for each in layer.parameters() if type(each) is nn.Parameter), None)
+    if weight is None or hasattr(weight, "ds_id"):  # DeepSpeed's
+        return default
     if not weight.is_meta:
         return weight.device
     hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())

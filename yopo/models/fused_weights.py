@@ -213,10 +213,17 @@ def why_live(decoder: Any, layer: nn.Module) -> str | None:
         if is_watched(module):
             return f"its {name} is watched: it has hooks, or a forward of its own"
         if name.endswith("_proj") and not is_plain(module):
-            return f"the weights of its {name} are sharded, quantised or not here"
+            return f"the weights of its {name} are {_odd_kind(module)}"
     if not is_elementwise(activation(mlp)):
         return f"its activation is a {type(activation(mlp)).__name__}"
     return _odd_weights(decoder, layer)
+
+
+def _odd_kind(linear: nn.Module) -> str:
+    """What is to be said of a weight that no plain linear has."""
+    kind = type(linear._parameters.get("weight"))
+    named = "" if kind is nn.Parameter else f": {kind.__name__}"
+    return f"sharded, quantised or not here{named}"
 
 
 def _odd_weights(decoder: Any, layer: nn.Module) -> str | None:

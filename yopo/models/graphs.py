@@ -65,7 +65,10 @@ class Graphs:
         """The output (B, n, d), not normed, of a pass; None where it is not one that is captured.
 
         `called`: what the decoder was called with, resolved."""
-        if weights is None or None in weights or called.layout.shape[0] == 0:
+        if weights is None or called.layout.shape[0] == 0:
+            return None
+        if None in weights:  # quantised since, say: the memory of what they were is to go
+            self.clear()
             return None
         if OBSERVER.get() is not None or not has_fixed_angles(decoder):
             return None
