@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 import random_llava
 import torch
+import transformers
 from layouts import needs_float16
 from oracle import extended, oracle_forward, oracle_greedy, oracle_loss
 from random_llava import IMAGE, PINPOINTS, PIXELS, SIDE, a_plan, batch, load, pixels
 from torch import Tensor
 
-from yopo.versions import passed_to_every_forward
+from yopo.versions import CACHE_FIELD, passed_to_every_forward
 
 if importlib.util.find_spec("llava") is None:  # looked for, not imported: the patch comes first
     pytest.skip("llava-torch is not installed", allow_module_level=True)
@@ -311,6 +312,21 @@ def close_to_oracle(model: Any, out: Any, embeds: Tensor, layout: Any, mask: Any
     scores = torch.stack(out.scores, 1)
     known = scores > -1e9  # the end of text is ruled out
     assert (scores - oracle.logits[:, -steps - 1 :])[known].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_static_cache_gives_the_tokens_of_one_that_grows(
+    flat: Any, beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(transformers, "StaticCache"):
+        pytest.skip("this transformers has no StaticCache")
+    monkeypatch.delattr(flat, "hf_device_map", raising=False)  # by which 4.45 wants a GPU
+    ids = torch.tensor([[1, 5, IMAGE, 6, 7], [1, IMAGE, 8, 9, 3]])
+    expected = generated(flat, ids, pixels(2), num_beams=beams)
+    for _ in range(2):
+        found = generated(flat, ids, pixels(2), num_beams=beams, cache_implementation="static")
+        assert torch.equal(found.tokens, expected.tokens)
+        assert getattr(found, CACHE_FIELD).limit is not None
 
 
 def test_a_model_call_within_generate_is_a_call_of_its_own(flat: Any) -> None:

@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from family_checks import a_plan as a_family_plan
+from family_photos import one_photo
 from layouts import MASS, SHAPE, Case, a_plan, build, left_padded, make_case
+from random_families import HERE, KINDS
+from random_families import build as build_family
+from tiny_processors import VOCAB
 from torch import Tensor
 from transformers import DynamicCache, cache_utils
 
@@ -288,3 +294,36 @@ def test_a_wide_mask_that_is_not_causal_is_refused(side: str) -> None:
             sees[0, 0, 5, 2] = False
         with pytest.raises(ValueError, match="is not the causal mask"):
             model(**(case.kwargs() | {"attention_mask": sees}))
+
+
+@pytest.mark.parametrize("name", ["llama", *HERE])
+def test_what_generate_compiles_by_itself_leaves_pruned_steps_out(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With text alone they are stock's, compiled; with an image after that, called."""
+    config = getattr(transformers, "CompileConfig", None)
+    if config is None:
+        pytest.skip("this transformers compiles nothing by itself")
+    calls: list[int] = []
+
+    def compiled(function: Any, **_: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    if name == "llama":
+        model, shown = build(SHAPE, a_plan()), ordinary()[1]
+    else:
+        kind = KINDS[name]
+        model = yopo.apply(build_family(kind, VOCAB), a_family_plan())
+        shown = {**one_photo(kind), "do_sample": False, "max_new_tokens": 7}
+    how = dict(cache_implementation="static", compile_config=config())
+    how["compile_config"]._compile_all_devices = True
+    text = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    model.generate(torch.tensor([[3, 4, 5]]), **text, **how)
+    assert len(calls) == 4
+    expected = model.generate(**shown)
+    assert torch.equal(model.generate(**shown, **how), expected) and len(calls) == 4
