@@ -293,7 +293,8 @@ def emptied(cache: Any) -> tuple[type, dict[str, Any]] | None:
     elif type(cache) is StaticCache:
         return None
     else:
-        blank |= {"key_cache": [], "value_cache": [], "_seen_tokens": 0}
+        blank |= {"key_cache": [], "value_cache": []}
+        blank |= {name: 0 for name in ("_seen_tokens", "seen_tokens") if name in blank}
     return type(cache), blank
 
 

@@ -574,3 +574,23 @@ def test_a_mask_that_hides_what_was_seen_counts_in_a_step(way: str, hidden: int)
         past.crop(-1)
     assert torch.allclose(found[0], found[2], atol=1e-6)
     assert (found[0] - found[1]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_a_cache_that_is_reset_is_stocks_and_empty() -> None:
+    model, case, past = build(SHAPE, a_plan()), make_case([ROWS[0]], 32), DynamicCache()
+    words = torch.tensor([[3, 4, 5]])
+    first = model(**columns(case, 0, case.shape[1], past, case.all_grids)).logits
+    model(input_ids=words, past_key_values=past)
+    for _ in range(2):
+        past.reset()
+        assert type(past) is DynamicCache and past.get_seq_length() == 0
+        stock = model(input_ids=words, past_key_values=past, use_cache=True).logits
+        assert torch.equal(stock, build(SHAPE, None)(input_ids=words).logits)
+        assert past.get_seq_length() == 3
+        arguments = case.kwargs() | {"attention_mask": None, "position_ids": None}
+        assert model(**arguments, past_key_values=past, use_cache=True).logits.isfinite().all()
+        assert past.get_seq_length() == 3 + case.shape[1]
+    past.reset()
+    again = model(**columns(case, 0, case.shape[1], past, case.all_grids)).logits
+    assert torch.equal(again, first)

@@ -139,16 +139,6 @@ def test_generate_takes_an_empty_static_cache_fills_it_and_goes_on_after_a_reset
     assert torch.equal(ours, stock) and type(past) is cache_utils.StaticCache
 
 
-def test_a_dynamic_cache_can_be_reset_too() -> None:
-    case, _ = ordinary()
-    model, past = build(SHAPE, a_plan()), DynamicCache()
-    first, _ = decoded(model, case, past)
-    past.reset()
-    assert type(past) is DynamicCache and past.get_seq_length() == 0
-    again, _ = decoded(model, case, past)
-    assert all(map(torch.equal, first, again))
-
-
 def test_text_alone_is_stocks_to_the_bit() -> None:
     words = torch.randint(1, 31, (2, 6), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(words)

@@ -86,17 +86,17 @@ class HeadStore:
         here, or has gradients.
         """
         new = 0 if visual is None else visual.shape[3]
-        room = _room(self.text + text.shape[3], self.reserve) if spare else None
+        how = spare, self.reserve
         if self._paired:
             old = (None,) if self._buffers is None else self._buffers
             grown: tuple[Tensor, ...] = (
-                _grown(old[0], self.visual_keys, self.text, visual, text, room),
+                _grown(old[0], self.visual_keys, self.text, visual, text, *how),
             )
             self.visual_values += new
         else:
             old = (None, None) if self._buffers is None else self._buffers
-            keys = _grown(old[0], self.visual_keys, self.text, visual, text[:1], room)
-            grown = keys, _grown(old[1], self.visual_values, self.text, None, text[1:], room)
+            keys = _grown(old[0], self.visual_keys, self.text, visual, text[:1], *how)
+            grown = keys, _grown(old[1], self.visual_values, self.text, None, text[1:], *how)
         self._buffers = grown
         self.visual_keys += new
         self.text += text.shape[3]
@@ -185,23 +185,18 @@ class StaticStore(HeadStore):
         store._buffers = self._buffers
 
 
-def _room(text: int, reserve: int | None) -> int:
-    """How many text slots a new buffer has that is filled with `text` of them."""
-    return int(GROWTH * text) + SPARE if reserve is None else text + reserve
-
-
 def _grown(
     old: Tensor | None,
     visual: int,
     text: int,
     new_visual: Tensor | None,
     new_text: Tensor,
-    room: int | None,
+    spare: bool,
+    reserve: int | None,
 ) -> Tensor:
-    """The buffer (P, B, H, S, D) filled with the new visual and text slots; if it has to be made,
-    with room for so many text slots. None: made anew in any case, without room."""
+    """The buffer (P, B, H, S, D) with room for, and filled with, the new visual and text slots."""
     used = visual + text
-    if room is None:
+    if not spare:
         parts = [] if old is None else [old[:, :, :, :visual]]
         parts += [] if new_visual is None else [new_visual]
         parts += [] if old is None else [old[:, :, :, visual:used]]
@@ -212,8 +207,9 @@ def _grown(
     frozen = old is not None and old.is_inference() and not torch.is_inference_mode_enabled()
     if old is None or extra or needed > old.shape[3] or frozen:
         # The visual region stays in front: it never grows while decoding, the text behind it does.
-        slots = visual + extra + room
-        buffer = new_text.new_empty(*new_text.shape[:3], slots, new_text.shape[4])
+        if reserve is None:
+            reserve = int((GROWTH - 1) * (text + added)) + SPARE
+        buffer = new_text.new_empty(*new_text.shape[:3], needed + reserve, new_text.shape[4])
         if old is not None:
             buffer[:, :, :, :visual] = old[:, :, :, :visual]
             buffer[:, :, :, visual + extra : used + extra] = old[:, :, :, visual:used]
