@@ -156,13 +156,6 @@ class LayerPlan:
         visual = groups(blind) if attends else ()
         every_key = blind_sight is Sight.MASS
         neurons = plan.ffn_neurons(ffn_size)[layer]
-        q, k = _heads_in_turn(text, plan.num_heads), torch.cat(kv)
-        visual_q = _heads_in_turn(visual, plan.num_heads)
-        visual_k = torch.cat([kv[BLIND], kv[SEEN]]) if every_key else kv[SEEN]
-        first = plan.num_heads, plan.num_heads + kv_heads  # of [queries | keys | values]
-        own = torch.arange(first[1] + kv_heads, device="cpu")
-        order = torch.cat([q, first[0] + k, first[1] + k])
-        visual_order = torch.cat([visual_q, first[0] + visual_k, first[1] + kv[SEEN]])
         has_sink = blind_sight is Sight.SINK and not bool(seeing.all())
         return cls(
             heads=plan.num_heads,
@@ -172,13 +165,7 @@ class LayerPlan:
             visual_values=(True, False),
             text=text,
             visual=visual,
-            count=len(own),
-            order=_unless(order, own),
-            in_turn=None if _unless(q, own[: len(q)]) is None else q.argsort(),
-            visual_order=_unless(visual_order, own),
-            visual_counts=(len(visual_q), len(visual_k), len(kv[SEEN])),
-            visual_heads=_unless(visual_q, own[: plan.num_heads]),
-            visual_kv_heads=(_unless(visual_k, own[:kv_heads]), _unless(kv[SEEN], own[:kv_heads])),
+            **_orders(text, visual, kv, every_key, plan.num_heads, kv_heads),
             runs_visual=runs_visual,
             attends_visual=attends,
             reads_visual=sees or every_key,
@@ -193,6 +180,34 @@ class LayerPlan:
         """For each store whether it holds as many values as keys."""
         first, second = zip(self.visual_keys, self.visual_values, strict=True)
         return first[0] == first[1], second[0] == second[1]
+
+
+def _orders(
+    text: tuple[HeadGroup, ...],
+    visual: tuple[HeadGroup, ...],
+    kv: tuple[Tensor, Tensor],
+    every_key: bool,
+    heads: int,
+    kv_heads: int,
+) -> dict[str, Any]:
+    """The fields of a LayerPlan that say in which order its heads are. every_key: visual rows have
+    the keys of blind heads, too."""
+    q, k = _heads_in_turn(text, heads), torch.cat(kv)
+    visual_q = _heads_in_turn(visual, heads)
+    visual_k = torch.cat([kv[BLIND], kv[SEEN]]) if every_key else kv[SEEN]
+    first = heads, heads + kv_heads  # of [queries | keys | values]
+    own = torch.arange(first[1] + kv_heads, device="cpu")
+    order = torch.cat([q, first[0] + k, first[1] + k])
+    visual_order = torch.cat([visual_q, first[0] + visual_k, first[1] + kv[SEEN]])
+    return {
+        "count": len(own),
+        "order": _unless(order, own),
+        "in_turn": None if _unless(q, own[: len(q)]) is None else q.argsort(),
+        "visual_order": _unless(visual_order, own),
+        "visual_counts": (len(visual_q), len(visual_k), len(kv[SEEN])),
+        "visual_heads": _unless(visual_q, own[:heads]),
+        "visual_kv_heads": (_unless(visual_k, own[:kv_heads]), _unless(kv[SEEN], own[:kv_heads])),
+    }
 
 
 def _grouped(
