@@ -157,8 +157,8 @@ def attend(
     stores = call.stores
     if not shared.in_place:
         stores = stores[0].fork(), stores[1].fork()
-    rows = shared.index.text.spread(text)  # (B, W, H + 2 K, D)
-    _fill(stores, plan, shared, rows.narrow(2, heads, text.shape[1] - heads), visual)
+    padded = shared.index.text.pad(text)  # (B, H + 2 K, W, D)
+    _fill(stores, plan, shared, padded.narrow(1, heads, text.shape[1] - heads), visual)
     if call.into is not None:
         for mine, of_cache in zip(stores, call.into, strict=True):
             of_cache.take(mine)
@@ -168,7 +168,7 @@ def attend(
         if plan.in_turn is not None:
             still, q = still.index_select(1, plan.in_turn), q.index_select(1, plan.in_turn)
         shared.observer(call, still, q, queries, stores)
-    out = _text_queries(rows, logits, plan, shared, stores) if n_text else text[:, :heads]
+    out = _text_queries(padded, logits, plan, shared, stores) if n_text else text[:, :heads]
     if n_text and plan.in_turn is not None:
         out = out.index_select(1, plan.in_turn)
     if queries is None or not plan.attends_visual:
@@ -179,7 +179,7 @@ def attend(
 def _fill(
     stores: Stores, plan: LayerPlan, shared: Shared, text: Tensor, visual: Tensor | None
 ) -> None:
-    """Adds keys and values of text rows (B, W, 2 K, D), and of visual rows (Nv, H', D), which have
+    """Adds keys and values of text rows (B, 2 K, W, D), and of visual rows (Nv, H', D), which have
     those that the plan's visual_order names."""
     both, at = _in_two(text), 0  # (2, B, K, W, D)
     for number, (store, count) in enumerate(zip(stores, plan.kv_counts, strict=True)):
@@ -187,7 +187,7 @@ def _fill(
             continue
         given = None
         if visual is not None and plan.visual_values[number]:
-            given = _in_two(shared.index.visual.spread(visual[:, -2 * count :]))
+            given = _in_two(shared.index.visual.pad(visual[:, -2 * count :]))
         elif visual is not None and plan.visual_keys[number]:
             keys = visual.narrow(1, plan.visual_counts[0], count)
             given = shared.index.visual.pad(keys)[None]
@@ -197,9 +197,8 @@ def _fill(
 
 
 def _in_two(rows: Tensor) -> Tensor:
-    """Keys and values of rows (B, W, 2 K, D) → (2, B, K, W, D)."""
-    batch, width, count, head_dim = rows.shape
-    return rows.view(batch, width, 2, count // 2, head_dim).permute(2, 0, 3, 1, 4)
+    """Keys and values of rows (B, 2 K, W, D) → (2, B, K, W, D)."""
+    return rows.unflatten(1, (2, -1)).transpose(0, 1)
 
 
 def _sink_logits(text: Tensor, plan: LayerPlan, index: Pass) -> Tensor | None:
@@ -209,8 +208,9 @@ def _sink_logits(text: Tensor, plan: LayerPlan, index: Pass) -> Tensor | None:
     if sink is None or shift is None or text.shape[0] == 0:
         return None
     count, n_text = sink.a.shape[0], text.shape[0]
-    logits = sink.a.expand(-1, n_text, 1)  # (H', Nt, 1)
-    if sink.b is not None:
+    if sink.b is None:
+        logits = sink.a.expand(-1, n_text, 1)  # (H', Nt, 1)
+    else:
         q = text.narrow(1, plan.heads - count, count).transpose(0, 1)
         logits = torch.baddbmm(sink.a, q.to(sink.b.dtype), sink.b)
     return index.text.pad(logits.transpose(0, 1)) + shift
@@ -219,12 +219,12 @@ def _sink_logits(text: Tensor, plan: LayerPlan, index: Pass) -> Tensor | None:
 def _text_queries(
     q: Tensor, logits: Tensor | None, plan: LayerPlan, shared: Shared, stores: Stores
 ) -> Tensor:
-    """Text queries q (B, W, H …, D), the first H heads → (Nt, H, D), in the plan's order; logits:
+    """Text queries q (B, H …, W, D), the first H heads → (Nt, H, D), in the plan's order; logits:
     of sinks (B, H', W, 1)."""
     outs, index = [], shared.index
     first = plan.heads - (0 if logits is None else logits.shape[1])  # that has a sink
     for group in plan.text:
-        mine = q.narrow(2, group.at.start, group.count).transpose(1, 2)
+        mine = q.narrow(1, group.at.start, group.count)
         sink = None
         if group.sight is Sight.SINK and logits is not None:
             sink = logits[:, group.at.start - first : group.at.stop - first]
@@ -232,9 +232,13 @@ def _text_queries(
         out = text_attention(
             mine, store, group.kv, group.sight, sight, shared.scale, shared.dropout, sink
         )
-        outs.append(out.transpose(1, 2))  # (B, W, H', D)
-    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
-    return index.text.gathered(out)
+        outs.append(out)  # (B, H', W, D)
+    if index.text.width == 1:
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+        return index.text.unpad(out)
+    # In memory a kernel's output has queries before heads: so nothing is copied twice.
+    outs = [out.transpose(1, 2) for out in outs]
+    return index.text.gathered(outs[0] if len(outs) == 1 else torch.cat(outs, dim=2))
 
 
 def _visual_queries(q: Tensor, plan: LayerPlan, shared: Shared, stores: Stores) -> Tensor:

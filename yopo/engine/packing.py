@@ -106,8 +106,12 @@ class Packing:
 
     def pad(self, x: Tensor) -> Tensor:
         """(N, H, D) packed to (B, H, W, D)."""
+        if self.width == 1 and self.gather is None:
+            return x.unsqueeze(2)
         return self.spread(x).transpose(1, 2)
 
     def unpad(self, x: Tensor) -> Tensor:
         """(B, H, W, D) to packed (N, H, D)."""
+        if self.width == 1 and self.scatter is None:
+            return x.squeeze(2)
         return self.gathered(x.transpose(1, 2))

@@ -67,7 +67,8 @@ def attend(
         found = with_log_sum(q, k, v, mask, scale, causal)
         if found is not None:
             out, log_sum = found
-            return out * (log_sum[..., None] - sink).sigmoid().to(out.dtype)
+            share = (log_sum[..., None] - sink).sigmoid_()  # that the keys keep
+            return out.mul_(share if share.dtype == out.dtype else share.to(out.dtype))
     if (valueless or sink is not None) and q.shape[2] == 1 and not dropout:
         scores = ((q * scale) @ k.transpose(2, 3)).float()  # scaled first: float16 overflows
         if mask is not None:
