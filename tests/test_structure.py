@@ -25,6 +25,7 @@ ORDER = (
     "checkpoint",
     "prompts",
     "calibration",
+    "training",
     "convert",
     "bench",
     "commands",

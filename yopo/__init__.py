@@ -18,20 +18,26 @@ if TYPE_CHECKING:
     from yopo.models.fusing import fuse, unfuse
     from yopo.models.graphs import graphed
     from yopo.models.parts import plan_of
+    from yopo.models.unpruned import unpruned
     from yopo.plan import recipes
     from yopo.plan.pruning_plan import PruningPlan
+    from yopo.training.distillation import distillation_loss
+    from yopo.training.trainer import DistillationTrainer, TightenPlan
 
 __version__ = "0.1.0"
 __all__ = [
     "Calibration",
+    "DistillationTrainer",
     "PruningPlan",
     "RuleConfig",
     "SearchConfig",
     "SinkFit",
+    "TightenPlan",
     "__version__",
     "applied",
     "apply",
     "calibrate",
+    "distillation_loss",
     "fit_sinks",
     "fuse",
     "graphed",
@@ -39,23 +45,28 @@ __all__ = [
     "recipes",
     "remove",
     "unfuse",
+    "unpruned",
 ]
 
 _HOME = {
     "Calibration": ".calibration.calibrate",
+    "DistillationTrainer": ".training.trainer",
     "PruningPlan": ".plan.pruning_plan",
     "RuleConfig": ".calibration.config",
     "SearchConfig": ".calibration.config",
     "SinkFit": ".calibration.sink_fit",
+    "TightenPlan": ".training.trainer",
     "applied": ".models.attach",
     "apply": ".models.attach",
     "calibrate": ".calibration.calibrate",
+    "distillation_loss": ".training.distillation",
     "fit_sinks": ".calibration.sink_fit",
     "fuse": ".models.fusing",
     "graphed": ".models.graphs",
     "plan_of": ".models.parts",
     "remove": ".models.attach",
     "unfuse": ".models.fusing",
+    "unpruned": ".models.unpruned",
 }
 _MODULES = {"families": "yopo.models.families", "recipes": "yopo.plan.recipes"}
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from yopo.bench import training
+from yopo.bench import train_steps as training
 from yopo.commands.command_line import main
 from yopo.counting.flops import Prompt
 from yopo.counting.presets import PRESETS

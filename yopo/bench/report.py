@@ -50,7 +50,7 @@ def host_table(figures: list[dict[str, Any]]) -> str:
 
 
 def training_table(figures: list[dict[str, Any]]) -> str:
-    """Of training.training_figures."""
+    """Of train_steps.training_figures."""
     from tabulate import tabulate
 
     heads = ["arm"]

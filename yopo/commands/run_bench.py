@@ -17,7 +17,7 @@ from yopo.bench.arms import ARMS, CHOICES
 from yopo.bench.host import host_figures, measure_host
 from yopo.bench.measure import Benchmark, check_memory, measure
 from yopo.bench.report import host_table, machine, result_of, save, table, training_table
-from yopo.bench.training import measure_training, training_figures
+from yopo.bench.train_steps import measure_training, training_figures
 from yopo.commands.input_checks import check_masses
 from yopo.commands.setting_options import add_prompt_arguments, preset_setting, refuse_less
 from yopo.counting.presets import PRESETS

@@ -21,6 +21,7 @@ from yopo.models.exchange import named, stock_parameters
 from yopo.models.host_copies import on_cpu
 from yopo.models.layers import layer_in, parts_in
 from yopo.models.shown import known_of, layout_of
+from yopo.models.unpruned import UNPRUNED
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import CACHE_FIELD, CACHE_NAMES, sliding_window
 
@@ -86,6 +87,8 @@ def resolve(
 
     Raises ValueError where a pruned pass cannot be right.
     """
+    if UNPRUNED.get():
+        return None
     given = named(decoder, args, kwargs)
     ids, embeds, cache = given.get("input_ids"), given.get("inputs_embeds"), cache_of(given)
     if (ids is None) == (embeds is None):

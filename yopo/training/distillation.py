@@ -1,0 +1,63 @@
+"""What a model says under its plan, taught by what it says without: `distillation_loss`. The
+teacher is the model itself with the plan switched off, so no second copy of it is held. Knows no
+optimiser and no loop; trainer.py has transformers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from yopo.models.unpruned import unpruned
+
+IGNORED = -100  # a label that is none, as transformers has it
+
+
+def distillation_loss(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    temperature: float = 1.0,
+    weight: float = 1.0,
+    num_items: Tensor | int | None = None,
+) -> tuple[Tensor, Any]:
+    """(loss, outputs) of a batch under the model's plan: KL of the answers' tokens from those of
+    the same weights without it, as in distillation (arXiv 1503.02531).
+
+    inputs: of forward, with `labels` (B, n), -100 where no answer is. temperature: both
+    distributions are taken at it, and KL is multiplied by its square. weight: of KL; the rest is
+    the outputs' own loss, cross entropy with the labels. num_items: divides the sum over tokens in
+    place of how many there are in this batch (gradient accumulation).
+
+    Raises ValueError without labels, for settings that cannot be, and for a model whose logits are
+    not of the labels' tokens (the original LLaVA's, which puts image tokens in between).
+    """
+    labels = inputs.get("labels")
+    if labels is None:
+        raise ValueError("inputs have no labels: which tokens are the answer's is not known")
+    if temperature <= 0 or not 0 <= weight <= 1:
+        raise ValueError(
+            f"temperature is {temperature}, weight {weight}; allowed: above 0, and from 0 to 1"
+        )
+    with torch.no_grad(), unpruned():
+        taught = model(**{**inputs, "labels": None}).logits
+    outputs = model(**inputs)
+    logits = outputs.logits
+    if logits.shape[:2] != labels.shape:
+        raise ValueError(
+            f"the model gives logits of {tuple(logits.shape[:2])} tokens for labels of "
+            f"{tuple(labels.shape)}: take inputs whose labels have a place for each token"
+        )
+    answered = labels[:, 1:] != IGNORED
+    ours, theirs = (
+        (each[:, :-1][answered].float() / temperature).log_softmax(-1) for each in (logits, taught)
+    )
+    kl = temperature**2 * (theirs.exp() * (theirs - ours)).sum()
+    count = answered.sum().clamp(min=1) if num_items is None else num_items
+    loss = weight * kl / count
+    if weight < 1:
+        loss = loss + (1 - weight) * outputs.loss
+    return loss, outputs
