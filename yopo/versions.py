@@ -7,13 +7,14 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from functools import cache
 from typing import Any
 
 import torch
+import torch._dynamo
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ StaticCache = getattr(transformers.cache_utils, "StaticCache", None)  # from 4.3
 __all__ = [
     "CACHE_FIELD",
     "CACHE_NAMES",
+    "TRACING",
     "DynamicCache",
     "StaticCache",
     "attention_is_switchable",
@@ -49,8 +51,11 @@ __all__ = [
     "require_families",
     "require_transformers",
     "rope",
+    "skipped",
     "sliding_window",
     "takes_any_position",
+    "tells_tracing",
+    "uncompiled",
     "weights_only_is_safe",
 ]
 
@@ -106,12 +111,6 @@ def newer_than_tested() -> str | None:
     return transformers.__version__ if _release()[:2] > NEWEST else None
 
 
-def is_compiling() -> bool:
-    """Whether torch.compile is tracing this call; torch.compiler can tell from 2.2 or so on."""
-    asked = getattr(torch.compiler, "is_compiling", None) or torch._dynamo.is_compiling
-    return bool(asked())
-
-
 def weights_only_is_safe() -> bool:
     """Whether torch.load(weights_only=True) runs no code of the file: before torch 2.6 one could be
     made to (CVE-2025-32434)."""
@@ -134,6 +133,32 @@ def _release() -> tuple[int, ...]:
 
 def _dotted(release: tuple[int, ...]) -> str:
     return ".".join(map(str, release))
+
+
+# ------------------------------------------------------------------------------- torch.compile
+
+
+def is_compiling() -> bool:
+    """Whether torch.compile is tracing this call; torch.compiler can tell from 2.2 or so on."""
+    asked = getattr(torch.compiler, "is_compiling", None) or torch._dynamo.is_compiling
+    return bool(asked())
+
+
+# Asked in a function that is `skipped`: not None where torch.compile traces what that calls. One of
+# C, as one of Python would be traced itself. Where torch has none, before 2.4 or so, it says None.
+TRACING: Callable[[], Any] = getattr(
+    torch._C._dynamo.eval_frame, "get_eval_frame_callback", type(None)
+)
+
+
+def tells_tracing() -> bool:
+    return TRACING is not type(None)
+
+
+# Decorators. Neither the function nor what it calls is traced: a graph ends where it is called.
+uncompiled = torch.compiler.disable
+# Not the function, but each one that it calls: called itself, it is no break.
+skipped = torch._dynamo.decorators.skip
 
 
 # ---------------------------------------------------------------------- rotary position angles
@@ -164,12 +189,13 @@ def rope(model: nn.Module, x: Tensor, position_ids: Tensor, length: int) -> tupl
 
 def takes_any_position(model: nn.Module) -> bool:
     """Whether an unpruned model takes position_ids beyond the length of its row: from 4.38 on."""
-    return _takes_position_ids(type(_rotary_of(model)))
+    rotary = type(_rotary_of(model))
+    if rotary not in _TAKES_PLACES:  # not while torch.compile traces, which knows no signatures
+        _TAKES_PLACES[rotary] = "position_ids" in inspect.signature(rotary.forward).parameters
+    return _TAKES_PLACES[rotary]
 
 
-@cache
-def _takes_position_ids(rotary: type) -> bool:
-    return "position_ids" in inspect.signature(rotary.forward).parameters
+_TAKES_PLACES: dict[type, bool] = {}
 
 
 def _rotary_of(model: nn.Module) -> Any:
@@ -203,11 +229,13 @@ def has_rms_norm() -> bool:
     return hasattr(torch.nn.functional, "rms_norm")
 
 
-@cache
+_LOG_SUMS = Version(torch.__version__).release >= (2, 5)  # asked while torch.compile traces
+
+
 def has_log_sums() -> bool:
     """Whether torch's attention kernels that give the logarithms of their sums, too, can be called
     in one way: from 2.5 on."""
-    return Version(torch.__version__).release >= (2, 5)
+    return _LOG_SUMS
 
 
 @cache

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from yopo.engine.fused import FusedLayer
-from yopo.engine.layer import LayerCall, Pass, Shared, signed
+from yopo.engine.layer import LayerCall, Pass, Reached, Shared, signed
 from yopo.engine.layer_plan import LayerPlans, windows
 from yopo.engine.layout import VisualLayout
 from yopo.engine.packing import Packing, mapped, to_device
@@ -23,6 +23,7 @@ from yopo.engine.text_attention import TextSight, additive
 from yopo.engine.visual_attention import Blocks, ImageGroup, visual_sight
 from yopo.engine.visual_cache import VisualCache
 from yopo.plan.pruning_plan import PruningPlan
+from yopo.versions import is_compiling
 
 # Who looks on at the attention of each layer with an image (calibration/collect.py): it is given
 # the LayerCall, the queries of text rows before their rotation and after it, the rotated ones of
@@ -84,7 +85,8 @@ class Run:
 
     call: calls a layer with its rows. keep_cache: what is cached outlives the pass. dropout: of
     attention. hidden_states: gets the packed rows that go into every layer. fused: of each layer,
-    its weights where they are fused; None: all are live.
+    its weights where they are fused; None: all are live. devices: that each layer computes on;
+    None: to be found out.
     """
 
     call: CallLayer
@@ -92,6 +94,7 @@ class Run:
     dropout: float = 0.0
     hidden_states: list[Tensor] | None = None
     fused: Sequence[FusedLayer | None] | None = None
+    devices: Sequence[torch.device] | None = None
 
 
 def run(
@@ -131,20 +134,27 @@ def through(
             return both
         return torch.cat([text, visual.to(text.device)]) if shared.n_visual else text
 
-    here: tuple[Shared, torch.device] | None = None
+    # What torch.compile traces is there, and with its masks.
+    here, on = shared, shared.device if is_compiling() else None
     for number, (layer, stores) in enumerate(zip(layers, cache.stores, strict=True)):
         fused = None if how.fused is None else how.fused[number]
-        device = execution_device(layer, text.device) if fused is None else fused.qkv.weight.device
+        if how.devices is not None:
+            device = how.devices[number]
+        elif fused is not None:
+            device = fused.qkv.weight.device
+        else:
+            device = execution_device(layer, text.device)
         plan = plans.on(number, device)
         if how.hidden_states is not None:
             how.hidden_states.append(every())
-        if here is None or here[1] != device:
-            here = _with_masks(to_device(shared, device), rows.dtype), device
+        if on != device:
+            here = to_device(shared, device)
+            here, on = replace(here, index=with_masks(here.index, rows.dtype)), device
         before, into = stores, None
         if not shared.in_place:
             before = stores[0].fork(), stores[1].fork()
             into = stores if how.keep_cache else None
-        call = LayerCall(plan, here[0], before, into, fused)
+        call = LayerCall(plan, here, before, into, fused, Reached())
         if not shared.n_visual or not plan.takes_visual:
             text, both = how.call(layer, text.to(device), call), None
             continue
@@ -157,17 +167,16 @@ def through(
     return every()
 
 
-def _with_masks(shared: Shared, dtype: torch.dtype) -> Shared:
+def with_masks(index: Pass, dtype: torch.dtype) -> Pass:
     """The same with masks as attention takes them: made once, where the layers compute."""
-    index = shared.index
     if index.text_sight.every is None and index.text_sight.text is None and not index.visual_sight:
-        return shared
+        return index
 
     def ready(each: Tensor) -> Tensor:
         return additive(each, dtype) if each.dtype == torch.bool else each
 
     sights = mapped((index.text_sight, index.visual_sight), ready)
-    return replace(shared, index=replace(index, text_sight=sights[0], visual_sight=sights[1]))
+    return replace(index, text_sight=sights[0], visual_sight=sights[1])
 
 
 def share(plans: LayerPlans, index: Pass, cos: Tensor, sin: Tensor, how: Run) -> Shared:
@@ -185,7 +194,7 @@ def share(plans: LayerPlans, index: Pass, cos: Tensor, sin: Tensor, how: Run) ->
         dropout=how.dropout,
         ffn_size=plans.ffn_size,
         in_place=how.keep_cache and not torch.is_grad_enabled(),
-        observer=OBSERVER.get(),
+        observer=None if is_compiling() else OBSERVER.get(),
     )
 
 

@@ -4,12 +4,13 @@ or attention here; visual_cache.py keeps those of all layers."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from yopo.versions import is_compiling
 
 GROWTH = (
     1.5  # a full buffer is copied into one this much longer, so that a decode step copies no prefix
@@ -103,11 +104,14 @@ class HeadStore:
 
     def fork(self) -> HeadStore:
         """A store with the same content, whose `append(spare=False)` leaves this one as it is."""
-        return copy(self)
+        other = HeadStore(self._paired)
+        other.take(self)
+        return other
 
     def take(self, other: HeadStore) -> None:
         """Holds what `other` holds."""
-        vars(self).update(vars(other), reserve=self.reserve)
+        self._buffers, self.text = other._buffers, other.text
+        self.visual_keys, self.visual_values = other.visual_keys, other.visual_values
 
     def keep(self, visual: int, text: int) -> None:
         """Forgets all slots but the first `visual` and the first `text` ones."""
@@ -135,6 +139,31 @@ class HeadStore:
         slots = self.visual_keys + self.visual_values + (0 if visual_only else 2 * self.text)
         slot = self._buffers[0][0, :, :, :1]
         return slots * slot.numel() * slot.element_size()
+
+    def make_room(self, slots: int) -> None:
+        """Gets room for so many more text slots, and a buffer that may be written into."""
+        if self._buffers is None:
+            return
+        visual = self.visual_keys, self.visual_values
+        for number, (x, count) in enumerate(zip(self._buffers, visual, strict=False)):
+            filled, needed = count + self.text, count + self.text + slots
+            if needed <= x.shape[3] and not is_frozen(x):
+                continue
+            room = needed + _spare(self.text + slots, self.reserve)
+            buffer = x.new_empty(*x.shape[:3], room, x.shape[4])
+            buffer[:, :, :, :filled] = x[:, :, :, :filled]
+            self._buffers = (*self._buffers[:number], buffer, *self._buffers[number + 1 :])
+
+    def buffers(self) -> tuple[Tensor, ...]:
+        return self._buffers or ()
+
+    def say(self, visual: int, text: int) -> None:
+        """Has it count by these numbers, which are its own already: to torch.compile the counts of
+        all stores are then two numbers, and not three of each."""
+        if self._buffers is not None:
+            self.text = text
+            self.visual_keys = visual if self.visual_keys else 0
+            self.visual_values = visual if self.visual_values else 0
 
     def part(self) -> None:
         """Gets a buffer of its own."""
@@ -185,6 +214,18 @@ class StaticStore(HeadStore):
         store._buffers = self._buffers
 
 
+def is_frozen(buffer: Tensor) -> bool:
+    """Whether it was made in inference mode, and may not be written into here."""
+    if is_compiling():  # which cannot tell; it is asked before
+        return False
+    return buffer.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def _spare(text: int, reserve: int | None) -> int:
+    """How many slots a new buffer has beyond those that are needed."""
+    return int((GROWTH - 1) * text) + SPARE if reserve is None else reserve
+
+
 def _grown(
     old: Tensor | None,
     visual: int,
@@ -196,7 +237,8 @@ def _grown(
 ) -> Tensor:
     """The buffer (P, B, H, S, D) with room for, and filled with, the new visual and text slots."""
     used = visual + text
-    if not spare:
+    # torch.compile takes minutes over sizes like GROWTH's: room is made before it (make_room).
+    if not spare or (is_compiling() and (old is None or new_visual is not None)):
         parts = [] if old is None else [old[:, :, :, :visual]]
         parts += [] if new_visual is None else [new_visual]
         parts += [] if old is None else [old[:, :, :, visual:used]]
@@ -204,12 +246,10 @@ def _grown(
     extra = 0 if new_visual is None else new_visual.shape[3]
     added = new_text.shape[3]
     needed = used + extra + added
-    frozen = old is not None and old.is_inference() and not torch.is_inference_mode_enabled()
-    if old is None or extra or needed > old.shape[3] or frozen:
+    if old is None or extra or needed > old.shape[3] or is_frozen(old):
         # The visual region stays in front: it never grows while decoding, the text behind it does.
-        if reserve is None:
-            reserve = int((GROWTH - 1) * (text + added)) + SPARE
-        buffer = new_text.new_empty(*new_text.shape[:3], needed + reserve, new_text.shape[4])
+        room = needed + _spare(text + added, reserve)
+        buffer = new_text.new_empty(*new_text.shape[:3], room, new_text.shape[4])
         if old is not None:
             buffer[:, :, :, :visual] = old[:, :, :, :visual]
             buffer[:, :, :, visual + extra : used + extra] = old[:, :, :, visual:used]

@@ -8,7 +8,7 @@ tensors come from forward.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from yopo.engine.layer_plan import LayerPlan
 from yopo.engine.packing import Packing
 from yopo.engine.text_attention import Sight, TextSight, text_attention
 from yopo.engine.visual_attention import Blocks, ImageGroup, visual_attention
+from yopo.versions import is_compiling
 
 if TYPE_CHECKING:
     from yopo.engine.fused import FusedLayer
@@ -69,6 +70,12 @@ class Shared:
     in_place: bool
     observer: Callable[..., None] | None = None
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where all of it is; None where it is in several places."""
+        index, angles = self.index.rows.device, self.text_angles[0].device
+        return index if index == angles else None
+
 
 class Reached:
     """By what a call was answered last. An object of its own: of a dataclass among the arguments of
@@ -90,8 +97,8 @@ class LayerCall:
     shared: Shared
     stores: Stores
     into: Stores | None
-    fused: FusedLayer | None = None
-    reached: Reached = field(default_factory=Reached)
+    fused: FusedLayer | None
+    reached: Reached
 
     @property
     def slices_ffn(self) -> bool:
@@ -123,7 +130,7 @@ def turn(x: Tensor, count: int, angles: Angles, in_place: bool) -> Tensor:
     swapped = torch.cat([second, first], dim=-1)  # roll() would copy what is not contiguous
     if x.dtype != cos.dtype:
         turned = (mine * cos + swapped * sin).to(x.dtype)
-    elif in_place:
+    elif in_place and not is_compiling():  # which writes into no part of a tensor
         torch.addcmul(mine * cos, swapped, sin, out=mine)
         return x
     else:

@@ -296,10 +296,11 @@ class LayerPlans:
     def on(self, layer: int, device: torch.device) -> LayerPlan:
         """The plan of a layer with its index tensors where the layer computes, moved there once."""
         plan = self.plans[layer]
-        if plan.kv[0].device != device:
-            with torch.inference_mode(False):  # they outlive this call, and training may follow
-                plan = to_device(plan, device)
-            self.plans[layer] = plan  # not read back: replicas on other devices write here too
+        if plan.kv[0].device == device:
+            return plan
+        with torch.inference_mode(False):  # they outlive this call, and training may follow
+            plan = to_device(plan, device)
+        self.plans[layer] = plan  # not read back: replicas on other devices write here too
         return plan
 
     def with_sinks(self, a: Tensor, b: Tensor) -> LayerPlans:

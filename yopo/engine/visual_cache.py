@@ -74,6 +74,7 @@ class VisualCache(DynamicCache):
     one, so that it is filled in place.
     """
 
+    ready: Any = None  # the pass that is made ready for the next forward with this cache
     stores: list[tuple[HeadStore, HeadStore]]
     plan: PruningPlan
     length: int

@@ -20,11 +20,13 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from yopo.engine.kept_heads import kept, kept_linear
 from yopo.engine.layer_plan import LayerPlan
+from yopo.versions import is_compiling
 
 # Where activations are made that take values one by one, and those that do not.
 _ACTIVATIONS = {"torch.nn.modules.activation", "transformers.activations"}
 _OF_SEVERAL = {"GLU", "LogSoftmax", "MultiheadAttention", "Softmax", "Softmax2d", "Softmin"}
 _ELEMENTWISE = (F.silu, F.gelu, F.relu, F.mish, torch.relu, torch.sigmoid, torch.tanh)
+_KNOWN: dict[type, bool] = {}  # classes of activations that were looked at
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -166,9 +168,12 @@ def is_elementwise(act: Callable[[Tensor], Tensor]) -> bool:
         return any(act is known for known in _ELEMENTWISE)
     if any(weight.numel() > 1 for weight in act._parameters.values() if weight is not None):
         return False
-    forward = type(act).forward
-    whose = getattr(forward, "__qualname__", "").partition(".")[0]
-    return getattr(forward, "__module__", None) in _ACTIVATIONS and whose not in _OF_SEVERAL
+    cls = type(act)
+    if not is_compiling():  # which cannot ask; then it was asked when the plan was put on
+        whose = getattr(cls.forward, "__qualname__", "").partition(".")[0]
+        ours = getattr(cls.forward, "__module__", None) in _ACTIVATIONS
+        _KNOWN[cls] = ours and whose not in _OF_SEVERAL
+    return _KNOWN.get(cls, False)
 
 
 def to_heads(output: Tensor, count: int, head_dim: int) -> Tensor:

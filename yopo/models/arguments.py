@@ -13,17 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from yopo.engine.layout import Grid, VisualLayout
 from yopo.engine.visual_cache import VisualCache, refuse_foreign, refuse_longer
-from yopo.models.exchange import named, stock_parameters
+from yopo.models.exchange import stock_parameters
 from yopo.models.host_copies import on_cpu
 from yopo.models.layers import layer_in, parts_in
 from yopo.models.shown import known_of, layout_of
 from yopo.models.unpruned import UNPRUNED
 from yopo.plan.pruning_plan import PruningPlan
-from yopo.versions import CACHE_FIELD, CACHE_NAMES, sliding_window
+from yopo.versions import CACHE_NAMES, sliding_window
 
 # The name of an argument by which a wrapper around the model treats rows of the batch apart in this
 # call (peft_adapters.py): packed rows have no rows of the batch. None: there is none.
@@ -51,48 +50,39 @@ class Resolved:
     """A call with an image in it, or in its cache.
 
     layout: of this call's n columns. valid: (B, past + n) bool on the CPU, False at padding.
-    inputs_embeds: (B, n, d). position_ids: (B, n), or (3, B, n) of M-RoPE. cache: to be filled;
-    keep_cache: and to be returned. checkpointing: activations are computed again in backward.
+    inputs_embeds: (B, n, d). position_ids: (B, n), or (3, B, n) of M-RoPE; both None where this is
+    found out ahead of the decoder's own call. past: how many tokens are cached. cache: to be
+    filled; keep_cache: and to be returned. checkpointing: activations are computed again in
+    backward.
     """
 
     layout: VisualLayout
     valid: Tensor
-    inputs_embeds: Tensor
-    position_ids: Tensor
+    inputs_embeds: Any
+    position_ids: Any
+    past: int
     cache: VisualCache
     keep_cache: bool
     checkpointing: bool
     output_hidden_states: bool
     return_dict: bool
 
-    def answer(self, out: Tensor, hidden_states: list[Tensor] | None) -> Any:
-        """What the decoder returns: `out` (B, n, d), normed, and the layers' inputs."""
-        output = BaseModelOutputWithPast(
-            last_hidden_state=out,
-            hidden_states=None if hidden_states is None else (*hidden_states, out),
-            **{CACHE_FIELD: self.cache if self.keep_cache else None},
-        )
-        return output if self.return_dict else output.to_tuple()
-
 
 def resolve(
     decoder: Any,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    given: Mapping[str, Any],
     visual_mask: Tensor | None,
     visual_grids: Sequence[Sequence[Grid]] | None,
+    ahead: bool = False,
 ) -> Resolved | None:
-    """What `decoder`, which has a plan, was called with; None where stock's own forward is
-    to run: no visual token is among the columns of this call or in the cache.
+    """What `decoder`, which has a plan, was (or, ahead, will be) called with, by name; None where
+    stock's own forward is to run: no visual token is among its columns or in the cache.
 
     Raises ValueError where a pruned pass cannot be right.
     """
-    if UNPRUNED.get():
-        return None
-    given = named(decoder, args, kwargs)
     ids, embeds, cache = given.get("input_ids"), given.get("inputs_embeds"), cache_of(given)
-    if (ids is None) == (embeds is None):
-        return None  # stock knows what to say of it
+    if UNPRUNED.get() or (ids is None) == (embeds is None):
+        return None  # of the latter stock knows what to say
     batch, n = (ids if embeds is None else embeds).shape[:2]
     asked = partial(past_length, cache)
     layout = known_of(decoder, visual_mask, visual_grids, embeds, cache, asked, (batch, n))
@@ -115,23 +105,35 @@ def resolve(
             "past_key_values is given, but with gradient checkpointing layers run twice and "
             "nothing can be cached: pass past_key_values=None"
         )
-    embeds = decoder.embed_tokens(ids) if embeds is None else embeds
-    places = given.get("position_ids")
-    places = positions(places, batch, past, n, embeds.device, mask is not None)
+    device, places = (ids if embeds is None else embeds).device, given.get("position_ids")
+    places = positions(places, batch, past, n, device, mask is not None)
+    if embeds is None and not ahead:
+        embeds = decoder.embed_tokens(ids)
+        places = places.to(embeds.device)
     use_cache = _flag(given, "use_cache", decoder.config)
     stored = decoder._yopo_layer_plans.stored
     adopted = VisualCache.adopt(cache, decoder.yopo_plan, batch, valid[:, :past], stored)
     return Resolved(
         layout=layout,
         valid=valid,
-        inputs_embeds=embeds,
-        position_ids=places,
+        inputs_embeds=None if ahead else embeds,
+        position_ids=None if ahead else places,
+        past=past,
         cache=adopted,
         keep_cache=(use_cache and not checkpointing) or cache is not None,
         checkpointing=checkpointing,
         output_hidden_states=_flag(given, "output_hidden_states", decoder.config),
         return_dict=given.get("return_dict") is not False,
     )
+
+
+def inputs_of(decoder: Any, given: Mapping[str, Any], past: int) -> tuple[Tensor, Tensor]:
+    """inputs_embeds and position_ids of a call that was resolved ahead."""
+    embeds = given.get("inputs_embeds")
+    if embeds is None:
+        embeds = decoder.embed_tokens(given["input_ids"])
+    batch, n = embeds.shape[:2]
+    return embeds, positions(given.get("position_ids"), batch, past, n, embeds.device, True)
 
 
 def cache_of(given: Mapping[str, Any]) -> Any:

@@ -4,25 +4,28 @@ class. It tells the decoder, which prunes (decoder.py)."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from yopo.engine.layout import Grid
+from yopo.models.ahead import make_ready_ahead
 from yopo.models.arguments import cache_of, past_length
 from yopo.models.decoder import prune_decoder_of
-from yopo.models.exchange import stock_method, with_signature
+from yopo.models.exchange import named, original_of, stock_method, with_signature
 from yopo.models.generating import Generating
 from yopo.models.original_llava import keep_instrumented
 from yopo.models.shown import other_shape
 from yopo.models.told import during, told
+from yopo.versions import TRACING, skipped, uncompiled
 
 
 class PrunedCausalLM(Generating):
     """A causal LM around a PrunedDecoder."""
 
+    @skipped
     def forward(
         self,
         *args: Any,
@@ -38,6 +41,9 @@ class PrunedCausalLM(Generating):
 
         Raises ValueError if they do not fit the tokens or each other.
         """
+        if TRACING() is not None:
+            stock, args, kwargs = _to_be_traced(self, args, kwargs, visual_mask, visual_grids)
+            return stock(*args, **kwargs)
         stock = stock_method(self, PrunedCausalLM)
         if isinstance(self, PrunedCausalLM):
             keep_instrumented(self)
@@ -95,3 +101,32 @@ class PrunedCausalLM(Generating):
         ]
         names = ("forward", "prepare_inputs_for_generation")
         return {n: with_signature(vars(cls)[n], getattr(stock, n), told) for n in names}
+
+
+@uncompiled
+def _to_be_traced(
+    model: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    visual_mask: Tensor | None,
+    visual_grids: Sequence[Sequence[Grid]] | None,
+) -> tuple[Callable[..., Any], Sequence[Any], Mapping[str, Any]]:
+    """What torch.compile is to trace of a forward, and with which arguments."""
+    stock = stock_method(model, PrunedCausalLM)
+    is_told = visual_mask is not None or visual_grids is not None
+    if isinstance(model, PrunedCausalLM):
+        keep_instrumented(model)
+        prune_decoder_of(model)
+        if original_of(type(model)).forward.__module__.startswith("transformers."):
+            given = named(model, args, kwargs)
+            ready = make_ready_ahead(model.model, given, visual_mask, visual_grids)
+            if ready is not None:
+                return stock, (), ready
+    if not is_told:
+        return stock, args, kwargs
+
+    def untraced(*args: Any, **kwargs: Any) -> Any:
+        with during(told(visual_mask, visual_grids)):
+            return stock(*args, **kwargs)
+
+    return uncompiled(untraced), args, kwargs

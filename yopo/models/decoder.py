@@ -1,36 +1,44 @@
 """A decoder (LlamaModel and its like) whose forward follows a plan: a mixin before the stock class.
 Without a plan, or with one and no image, stock's own forward runs.
 
-The way of a call: arguments.resolve → engine.forward.prepare → engine.forward.run. Knows nothing of
-LLaVA, composites or files.
+The way of a call: arguments.resolve → ready.make_ready → ready.compute. Knows nothing of LLaVA,
+composites or files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
+from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from yopo.engine.forward import Run, merge, prepare, run
-from yopo.engine.layer import LayerCall
 from yopo.engine.layer_plan import LayerPlans
 from yopo.engine.layout import Grid
 from yopo.engine.model_part import WHOLE, ModelPart
-from yopo.models.arguments import Resolved, resolve
-from yopo.models.exchange import Exchanged, derive, put, stock_method
+from yopo.engine.visual_cache import VisualCache
+from yopo.models.arguments import cache_of, inputs_of, resolve
+from yopo.models.exchange import Exchanged, derive, named, put, stock_method
 from yopo.models.functions import Functions
 from yopo.models.fused_weights import forget, fused_layers, unfuse_decoder
 from yopo.models.known_layouts import unwatch_text, watch_text
-from yopo.models.layers import call_layer, exchange_layers, exchange_new, restore_layers
+from yopo.models.layers import exchange_layers, exchange_new, restore_layers
 from yopo.models.probe import probe
+from yopo.models.ready import (
+    Ready,
+    answer,
+    can_be_traced,
+    compute,
+    for_tracing,
+    make_ready,
+    taken,
+)
 from yopo.models.told import CALL
 from yopo.plan.pruning_plan import PruningPlan
-from yopo.versions import checkpoints_itself, nothing_captured, rope
+from yopo.versions import is_compiling, tells_tracing, uncompiled
 
 
 class PrunedDecoder(Exchanged):
@@ -91,48 +99,64 @@ class PrunedDecoder(Exchanged):
         output_attentions, an image split by a chunk under a bidirectional window, a mask other than
         padding, a cache of another kind, arguments that the pass does not know.
         """
-        called = None
+        begun = None
         if isinstance(self, PrunedDecoder) and self.yopo_plan is not None:
-            if (told := CALL.get()) is not None:
-                told.taken = True
-            called = resolve(self, args, kwargs, visual_mask, visual_grids)
-        if called is None:
+            if (ready := taken(kwargs)) is not None:
+                ready = replace(ready, return_dict=kwargs.get("return_dict") is not False)
+                return compute(self, ready, *inputs_of(self, kwargs, ready.past))
+            if not (is_compiling() and _is_text(args, kwargs, visual_mask)):
+                begun = self._begin(args, kwargs, visual_mask, visual_grids, is_compiling())
+        if begun is None:
             return stock_method(self, PrunedDecoder)(*args, **kwargs)
+        ready, embeds, places = begun
+        return embeds if ready is None else compute(self, ready, embeds, places)
+
+    @uncompiled
+    def _begin(
+        self,
+        args: Any,
+        kwargs: Any,
+        visual_mask: Tensor | None,
+        visual_grids: Sequence[Sequence[Grid]] | None,
+        traced: bool,
+    ) -> tuple[Ready, Tensor, Tensor] | tuple[None, Any, None] | None:
+        """A pass over a call with an image in it, or in its cache, ready for its embeddings and
+        their positions; or its outcome, where torch.compile is not to trace it. None: stock's own
+        forward is to run."""
+        if (told := CALL.get()) is not None:
+            told.taken = True
+        called = resolve(self, named(self, args, kwargs), visual_mask, visual_grids)
+        if called is None:
+            return None
+        self.look_again()
+        graphs, embeds = self._yopo_graphs, called.inputs_embeds
+        with nullcontext() if graphs is None else graphs.lock:
+            fused = fused_layers(self, embeds) if self.yopo_fused else None
+            if graphs is not None:
+                out = graphs.run(self, called, fused)
+                if out is not None:
+                    return None, answer(called, self.norm(out), None), None
+            ready = make_ready(self, called, fused, embeds.device)
+            if graphs is not None or (traced and not can_be_traced(self, called)):
+                return None, compute(self, ready, embeds, called.position_ids), None
+        if traced:
+            ready = for_tracing(self, ready, embeds.dtype)
+        return ready, embeds, called.position_ids
+
+    def look_again(self) -> None:
+        """Sees to layers that were put in, and what they go by that was replaced, since the last
+        pass."""
         is_new, known = exchange_new(self.layers), self._yopo_known
         if is_new or known is None or known.changed(self):
             probe(self, PrunedDecoder)
-        with nullcontext() if self._yopo_graphs is None else self._yopo_graphs.lock:
-            return self._pruned(called)
 
-    def _pruned(self, called: Resolved) -> Any:
-        """The pass over a call with an image in it, or in its cache."""
-        layout, valid, cache = called.layout, called.valid, called.cache
-        past = cache.length
-        fused = fused_layers(self, called.inputs_embeds) if self.yopo_fused else None
-        if self._yopo_graphs is not None:
-            out = self._yopo_graphs.run(self, called, fused)
-            if out is not None:
-                return called.answer(self.norm(out), None)
-        embeds, plans = called.inputs_embeds, self._yopo_layer_plans
-        # Bands keep keys and values twice for the backward.
-        on_cpu = embeds.device.type == "cpu" and not torch.is_grad_enabled()
-        index = prepare(layout, valid, cache, self.yopo_plan, on_cpu)
-        cos, sin = rope(self, embeds, called.position_ids, past + embeds.shape[1])
-        hidden_states: list[Tensor] | None = [] if called.output_hidden_states else None
-        call = partial(self._checkpointed, call_layer) if called.checkpointing else call_layer
-        dropout = plans.dropout if self.training else 0.0
-        how = Run(call, called.keep_cache, dropout, hidden_states, fused)
-        with nothing_captured():
-            out = run(self.layers, plans, index, embeds, cos, sin, cache, how)
-        if hidden_states is not None:
-            hidden_states = [merge(rows, index, embeds.shape) for rows in hidden_states]
-        return called.answer(self.norm(out), hidden_states)
 
-    def _checkpointed(self, call: Any, layer: nn.Module, rows: Tensor, pruned: LayerCall) -> Tensor:
-        """Calls a layer so that its activations are computed again in backward."""
-        if checkpoints_itself(layer):
-            return call(layer, rows, pruned)
-        return self._gradient_checkpointing_func(partial(call, layer, pruned=pruned), rows)
+def _is_text(args: Any, kwargs: Any, visual_mask: Tensor | None) -> bool:
+    """Whether a call that is traced is plainly one without an image: whoever is around the decoder
+    and knows of one has made the pass ready."""
+    if args or visual_mask is not None or kwargs.get("input_ids") is None:
+        return False
+    return tells_tracing() and not isinstance(cache_of(kwargs), VisualCache)
 
 
 _UNDER_PLAN: WeakSet[PrunedDecoder] = WeakSet()

@@ -194,6 +194,7 @@ def with_signature(
         function.__defaults__,
         function.__closure__,
     )
+    vars(copy).update(vars(function))
     copy.__kwdefaults__, copy.__doc__ = function.__kwdefaults__, function.__doc__
     copy.__qualname__, copy.__module__ = function.__qualname__, function.__module__
     copy.__signature__ = inspect.Signature(parameters[:end] + added + parameters[end:])

@@ -33,6 +33,7 @@ from yopo.models.decoder import PrunedDecoder
 from yopo.models.known_layouts import recall, remember
 from yopo.models.llava_arguments import ADAPTED, adapt, chain, exchange_method
 from yopo.models.told import CALL
+from yopo.versions import is_compiling, uncompiled
 
 _PREPARE = "prepare_inputs_labels_for_multimodal"
 _NAMES = {"input_ids", "attention_mask", "labels", "images"}  # that it is known by
@@ -139,6 +140,8 @@ def _wrap(original: Method, signature: inspect.Signature) -> Method:
 
     @functools.wraps(original)
     def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling() and uncompiled(_is_asked_for)(self):
+            return uncompiled(prepare)(self, *args, **kwargs)  # embeddings are known by values
         try:
             bound = signature.bind(self, *args, **kwargs)
         except TypeError:  # the original has its own words for it

@@ -14,11 +14,20 @@ from torch import Tensor
 
 from yopo.engine.layout import Grid, VisualLayout
 from yopo.engine.visual_cache import VisualCache
+from yopo.models.ahead import make_ready_ahead
 from yopo.models.arguments import cache_of
 from yopo.models.exchange import named, stock_method, with_signature
 from yopo.models.generating import Generating
-from yopo.models.told import call, during, told
-from yopo.versions import llava_expects_images_in_ids
+from yopo.models.told import CALL, Call, during, told
+from yopo.versions import (
+    CACHE_FIELD,
+    CACHE_NAMES,
+    TRACING,
+    is_compiling,
+    llava_expects_images_in_ids,
+    skipped,
+    uncompiled,
+)
 
 # What may be shown → the argument of forward that brings its pixels.
 KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -57,35 +66,23 @@ class Composite(Generating):
     # By kind the features encoded last, each with its image, until a forward has used them.
     _yopo_encoded: Mapping[str, Sequence[tuple[Tensor, Image]]] = MappingProxyType({})
 
+    # Whether the stock forward calls the text stack with as many tokens as it gets, and with the
+    # mask, the positions and the cache that it gets.
+    hands_on = False
+
+    @skipped
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stock's, inside a call (layout.py) of the layout that its arguments have."""
-        stock = stock_method(self, Composite)
-        if not isinstance(self, Composite):
-            return stock(*args, **kwargs)
-        visual = {name: kwargs.pop(name, None) for name in ("visual_mask", "visual_grids")}
-        if any(value is not None for value in visual.values()):
-            with during(told(**visual)):
-                return stock(*args, **kwargs)
-        given = named(self, args, kwargs)
-        shown = self._shown(given)
-        if not shown and given.get("inputs_embeds") is not None:
-            return stock(*args, **kwargs)  # foreign: nothing is known of them
-        cached = isinstance(cache_of(given), VisualCache)
-        if llava_expects_images_in_ids() and cached:
-            args, kwargs = (), self._embedded(given)
+        begun = _begin(self, args, kwargs, TRACING() is not None)
+        token = CALL.set(begun.known)
         try:
-            layout = _layout(self._placeholders(given), shown, cached) if shown else None
-            with call(layout) as known:
-                out = stock(*args, **kwargs)
-            if layout is not None and not known.taken:
-                raise ValueError(
-                    f"the text model of this {type(self).__name__} is not the one that the plan "
-                    "was put on, and has computed the image unpruned: put the plan on once more "
-                    "(yopo.apply), or take it off (yopo.remove)"
-                )
-            return out
+            out = begun.stock(*begun.args, **begun.kwargs)
         finally:
-            self.forget_encoded()
+            CALL.reset(token)
+            _end(self)
+        if begun.layout is not None and not begun.taken:
+            raise _not_taken(self)
+        return out
 
     @classmethod
     def _yopo_attributes(cls, stock: type) -> dict[str, Any]:
@@ -96,6 +93,24 @@ class Composite(Generating):
             if hasattr(stock, name):
                 made[name] = with_signature(_encoder(kind, name), getattr(stock, name), ())
         return made
+
+    def _made_ready(self, given: Mapping[str, Any], known: Call) -> dict[str, Any] | None:
+        """The arguments with a cache that carries the pass, see ahead.py; None: there is none."""
+        decoder = self.language_model
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        if not hasattr(decoder, "yopo_plan") or (ids is None) == (embeds is None):
+            return None
+        size = decoder.config.hidden_size
+        shape = (ids if embeds is None else embeds).shape[:2]
+        like = torch.empty(*shape, size, device="meta")
+        others = {n: v for n, v in given.items() if n not in ("input_ids", *KINDS.values())}
+        with during(known):
+            ready = make_ready_ahead(decoder, {**others, "inputs_embeds": like})
+        cache = None if ready is None else cache_of(ready)
+        if not isinstance(cache, VisualCache):
+            return None
+        others = {name: value for name, value in given.items() if name not in CACHE_NAMES}
+        return {**others, CACHE_FIELD: cache}
 
     def _embedded(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments with embeddings for input_ids, where these show no image."""
@@ -143,7 +158,7 @@ class Composite(Generating):
         return image
 
     def forget_encoded(self) -> None:
-        vars(self).pop("_yopo_encoded", None)
+        _end(self)
 
     def _placeholders(self, given: Mapping[str, Any]) -> Callable[[int], Tensor]:
         """Where (B, n) a token stands; by its embedding, if embeddings are all there is."""
@@ -157,6 +172,63 @@ class Composite(Generating):
             return (embeds == mine).all(-1).cpu()
 
         return places
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A forward: what is known during it, and stock's, with its arguments. ahead: the cache that
+    carries a pass to the decoder."""
+
+    known: Call | None
+    stock: Callable[..., Any]
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    layout: VisualLayout | None = None
+    ahead: Any = None
+
+    @property
+    def taken(self) -> bool:
+        """Whether a decoder under a plan was reached."""
+        told = self.known is not None and self.known.taken
+        return told or (self.ahead is not None and self.ahead.ready is None)
+
+
+@uncompiled
+def _begin(self: Any, args: Any, kwargs: dict[str, Any], traced: bool) -> _Begun:
+    stock = stock_method(self, Composite)
+    if not isinstance(self, Composite):
+        return _Begun(CALL.get(), stock, args, kwargs)
+    visual = {name: kwargs.pop(name, None) for name in ("visual_mask", "visual_grids")}
+    given, layout = named(self, args, kwargs), None
+    if any(value is not None for value in visual.values()):
+        known = told(**visual)
+    else:
+        shown = self._shown(given)
+        if not shown and given.get("inputs_embeds") is not None:
+            return _Begun(CALL.get(), stock, args, kwargs)  # foreign: nothing is known of them
+        cached = isinstance(cache_of(given), VisualCache)
+        if llava_expects_images_in_ids() and cached:
+            args, kwargs = (), self._embedded(given)
+            given = kwargs
+        layout = _layout(self._placeholders(given), shown, cached) if shown else None
+        known = Call(layout)
+    ready = self._made_ready(given, known) if traced and self.hands_on else None
+    if ready is None:
+        return _Begun(known, stock, args, kwargs, layout)
+    return _Begun(known, stock, (), ready, layout, cache_of(ready))
+
+
+@uncompiled
+def _end(self: Any) -> None:
+    vars(self).pop("_yopo_encoded", None)
+
+
+def _not_taken(model: Any) -> ValueError:
+    return ValueError(
+        f"the text model of this {type(model).__name__} is not the one that the plan was put on, "
+        "and has computed the image unpruned: put the plan on once more (yopo.apply), or take it "
+        "off (yopo.remove)"
+    )
 
 
 def size_given(given: Mapping[str, Any], name: str) -> list[Any]:
@@ -175,7 +247,7 @@ def size_given(given: Mapping[str, Any], name: str) -> list[Any]:
 def _encoder(kind: str, name: str) -> FunctionType:
     def encode(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = stock_method(self, Composite, name)(*args, **kwargs)
-        if isinstance(self, Composite):
+        if isinstance(self, Composite) and not is_compiling():
             self._note_encoded(kind, out, named(self, args, kwargs, name))
         return out
 

@@ -10,6 +10,8 @@ from yopo.models.families.composite import Composite, Image
 
 
 class Family(Composite):
+    hands_on = True
+
     def token(self, kind: str) -> int:
         return self.config.image_token_id
 

@@ -10,6 +10,8 @@ from yopo.models.families.composite import Composite, Image, size_given
 
 
 class Family(Composite):
+    hands_on = True
+
     def token(self, kind: str) -> int:
         return image_token(self.config)
 

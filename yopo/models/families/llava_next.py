@@ -14,6 +14,8 @@ from yopo.models.families.llava import image_token, patches
 
 
 class Family(Composite):
+    hands_on = True
+
     def token(self, kind: str) -> int:
         return image_token(self.config)
 
