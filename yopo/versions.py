@@ -138,11 +138,11 @@ def _dotted(release: tuple[int, ...]) -> str:
 # ------------------------------------------------------------------------------- torch.compile
 
 
-def is_compiling() -> bool:
-    """Whether torch.compile is tracing this call; torch.compiler can tell from 2.2 or so on."""
-    asked = getattr(torch.compiler, "is_compiling", None) or torch._dynamo.is_compiling
-    return bool(asked())
-
+# Whether torch.compile is tracing this call; torch.compiler can tell from 2.2 or so on. Asked in
+# every layer, so it is torch's own function, which does nothing but say False.
+is_compiling: Callable[[], bool] = (
+    getattr(torch.compiler, "is_dynamo_compiling", None) or torch._dynamo.is_compiling
+)
 
 # Asked in a function that is `skipped`: not None where torch.compile traces what that calls. One of
 # C, as one of Python would be traced itself. Where torch has none, before 2.4 or so, it says None.

@@ -130,7 +130,7 @@ def turn(x: Tensor, count: int, angles: Angles, in_place: bool) -> Tensor:
     swapped = torch.cat([second, first], dim=-1)  # roll() would copy what is not contiguous
     if x.dtype != cos.dtype:
         turned = (mine * cos + swapped * sin).to(x.dtype)
-    elif in_place and not is_compiling():  # which writes into no part of a tensor
+    elif in_place and not is_compiling():  # which would not write into a part of a tensor
         torch.addcmul(mine * cos, swapped, sin, out=mine)
         return x
     else:
