@@ -145,7 +145,7 @@ is_compiling: Callable[[], bool] = (
 )
 
 # Asked in a function that is `skipped`: not None where torch.compile traces what that calls. One of
-# C, as one of Python would be traced itself. Where torch has none, before 2.4 or so, it says None.
+# C, as one of Python would be traced itself. An older torch has none: it says None then.
 TRACING: Callable[[], Any] = getattr(
     torch._C._dynamo.eval_frame, "get_eval_frame_callback", type(None)
 )
