@@ -3,7 +3,8 @@
     python benchmarks/run.py table   --layers 8 --dtype bfloat16    # benchmarks/table.jsonl, .md
     python benchmarks/run.py scaling --layers 2 --dtype bfloat16    # benchmarks/scaling.jsonl, .png
 
-With --device cuda the files are table-cuda.jsonl and so on. A configuration that stands in the
+With --device cuda the files are table-cuda.jsonl, with --dtype float32 table-float32.jsonl and so
+on. A configuration that stands in the
 .jsonl already is not run again: delete its line for that.
 """
 
@@ -20,12 +21,14 @@ from tabulate import tabulate
 
 HERE = Path(__file__).parent
 TABLE = [  # plan, mass, batch; the ratio aimed at
-    ("25", "drop", 1, 2.55),
-    ("12", "drop", 1, 3.4),
-    ("25", "exact", 1, 1.55),
-    ("25", "exact/drop", 1, 2.35),
-    ("25", "drop", 4, 2.8),
+    ("25", "drop", 1, 3.05),
+    ("25", "sink", 1, 2.95),
+    ("12", "drop", 1, 4.6),
+    ("12", "sink", 1, 4.4),
+    ("25", "exact", 1, 1.88),
+    ("25", "exact/drop", 1, None),
     ("none", "drop", 1, 1.0),
+    ("25", "drop", 4, None),
     ("25", "drop", 8, None),
 ]
 EVERY_ARM = ("25", "exact", 1)  # here the masked simulation computes just what ours does
@@ -36,13 +39,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("table", "scaling"))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="bfloat16")
     args, shared = parser.parse_known_args()  # the rest is bench's
-    shared += ["--device", args.device]
+    shared += ["--device", args.device, "--dtype", args.dtype]
     place = "" if args.device == "cpu" else f"-{args.device.partition(':')[0]}"
+    place += "" if args.dtype == "bfloat16" else f"-{args.dtype}"
     if args.what == "table":
         runs = []
         for plan, mass, batch, aim in TABLE:
-            arms = "sdpa,eager,masked,yopo" if (plan, mass, batch) == EVERY_ARM else "sdpa,yopo"
+            every = "sdpa,eager,masked,live,yopo"
+            arms = every if (plan, mass, batch) == EVERY_ARM else "sdpa,live,yopo"
             words = ["--plan", plan, "--mass", mass, "--batch", str(batch), "--arms", arms]
             runs.append((words, aim))
         results = _run(runs, shared, HERE / f"table{place}.jsonl")
@@ -83,12 +89,14 @@ def _markdown(results: list[dict[str, Any]]) -> str:
                 "mass": line["mass"] or "",
                 "batch": line["batch"],
                 "prefill × SDPA": _fixed(ratio, ".2f"),
+                "live × SDPA": _fixed(_live_ratio(line), ".2f"),
                 "ideal": f"{ideal:.2f}",
                 "of the ideal": _fixed(ratio and ratio / ideal, ".0%"),
                 "roofline: yopo / SDPA": " / ".join(_fixed(x, ".0%") for x in rooflines),
                 "aim": line["aim"] or "",
                 "decode × SDPA": _fixed(line["decode_ratio_vs_sdpa"], ".2f"),
-                "visual KV": _fixed(line["kv_visual_fraction"], ".1%"),
+                "peak MiB: SDPA / yopo": _mebibytes(line["peak_bytes"]),
+                "KV MiB: SDPA / yopo": _mebibytes(line["cache_bytes"]),
                 "SDPA s (min–max)": _seconds(line, "stock SDPA"),
                 "yopo s (min–max)": _seconds(line, "yopo"),
             }
@@ -96,6 +104,16 @@ def _markdown(results: list[dict[str, Any]]) -> str:
     table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
     first = results[0]
     return f"{first['preset']}, {first['layers']} layers; {first['device']}\n\n{table}\n"
+
+
+def _live_ratio(line: dict[str, Any]) -> float | None:
+    """Of medians; with weights read one by one."""
+    times = line["prefill_median_s"]
+    return times["stock SDPA"] / times["yopo, live"] if times.get("yopo, live") else None
+
+
+def _mebibytes(of_arms: dict[str, int]) -> str:
+    return " / ".join(f"{of_arms[arm] / 2**20:.0f}" for arm in ("stock SDPA", "yopo"))
 
 
 def _fixed(value: float | None, spec: str) -> str:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from yopo.engine.packing import Packing
 from yopo.engine.visual_cache import HeadStore, VisualCache
 from yopo.plan.sinks import Sinks
-from yopo.versions import has_flash, has_log_sums
+from yopo.versions import has_flash, has_log_sums, is_compiling
 
 
 class Sight(Enum):
@@ -90,21 +90,27 @@ def with_log_sum(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor] | None:
     """Softmax attention, and of each query (B, H, Q) the logarithm of the sum of its softmax, which
-    torch's kernels have at hand for their backward; None where there is no such kernel, or
-    gradients are asked for, which it has none for."""
+    torch's kernels have at hand for their backward; None where there is no such kernel or it may
+    not be taken (torch.nn.attention.sdpa_kernel), or gradients are asked for, which it has none
+    for."""
     if torch.is_grad_enabled() or not has_log_sums() or 0 in (*q.shape, k.shape[2]):
         return None
-    aten, dim = torch.ops.aten, q.shape[3]
+    aten, dim, allowed = torch.ops.aten, q.shape[3], torch.backends.cuda
+    flash_allowed = is_compiling() or allowed.flash_sdp_enabled()  # which knows of CPUs, too
     if q.device.type == "cpu":
+        if not flash_allowed:
+            return None
         of_cpu = aten._scaled_dot_product_flash_attention_for_cpu
         out, log_sum = of_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
         return out, log_sum
     if q.device.type != "cuda" or dim % 8 or dim > 256:
         return None
-    if mask is None and q.element_size() == 2 and has_flash(q.device):
+    if mask is None and q.element_size() == 2 and flash_allowed and has_flash(q.device):
         flash = aten._scaled_dot_product_flash_attention
         out, log_sum, *_ = flash(q, k, v, 0.0, causal, scale=scale)
         return out, log_sum
+    if not (is_compiling() or allowed.mem_efficient_sdp_enabled()):
+        return None
     if mask is not None:
         if k.shape[2] % 16:  # the kernel reads masks in such steps
             return None

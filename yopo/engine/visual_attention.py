@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from yopo.engine.layout import VisualLayout
 from yopo.engine.packing import Packing
@@ -267,8 +268,10 @@ def _attend_images(
         mine = q[:, :, band.queries]
         if sight.reads_keys:
             k = with_text(cell_k, text_k, band)
-            # Else the first keys have none.
-            v = with_text(cell_v, text_v, band) if sight is Sight.ALL else text_v
+            if sight is Sight.ALL:
+                v = with_text(cell_v, text_v, band)
+            else:
+                v = F.pad(text_v, (0, 0, k.shape[2] - group.text_slots, 0))
             outs.append(attend(mine, k, v, band.mask, scale, dropout))
         else:
             of_text = text_k, text_v, band.mask, band.some_text
