@@ -41,6 +41,7 @@ __all__ = [
     "has_log_sums",
     "has_rms_norm",
     "is_compiling",
+    "is_traced",
     "layer_returns_tuple",
     "llava_expects_images_in_ids",
     "longest",
@@ -143,6 +144,9 @@ def _dotted(release: tuple[int, ...]) -> str:
 is_compiling: Callable[[], bool] = (
     getattr(torch.compiler, "is_dynamo_compiling", None) or torch._dynamo.is_compiling
 )
+
+# Also under torch.export, which may trace by other means.
+is_traced: Callable[[], bool] = getattr(torch.compiler, "is_compiling", None) or is_compiling
 
 # Asked in a function that is `skipped`: not None where torch.compile traces what that calls. One of
 # C, as one of Python would be traced itself. An older torch has none: it says None then.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from process_pair import Processes
-from shared_calibration import SHAPE, calibrated, fails
+from shared_calibration import SHAPE, calibrated, fails, unlike
 
 import yopo
 from yopo.calibration.processes import by_first, count, in_turn, is_first
@@ -51,6 +51,21 @@ def test_processes_that_share_samples_find_what_one_finds(
 def test_a_sample_that_one_cannot_use_is_an_error_of_all(processes: Processes) -> None:
     first, second = processes.run(fails)
     assert first == second and first.startswith("sample 3 (the first is 0)")
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("shards", "do not have the same samples in the same order"),
+        ("another order", "do not have the same samples in the same order"),
+        ("fewer", "do not have the same samples in the same order"),
+        ("settings", "were called with other settings"),
+    ],
+)
+def test_processes_that_were_given_unlike_things_all_say_so(
+    processes: Processes, what: str, said: str
+) -> None:
+    assert all(said in one for one in processes.run(unlike, what))
 
 
 def test_distributed_without_processes_is_refused() -> None:

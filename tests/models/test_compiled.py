@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import yopo
 from yopo.plan.pruning_plan import PruningPlan
-from yopo.versions import CACHE_FIELD, has_families, has_rms_norm, tells_tracing
+from yopo.versions import CACHE_FIELD, DynamicCache, has_families, has_rms_norm, tells_tracing
 
 SHAPE = Shape(layers=3, kv_heads=4)
 ROW = [("text", 3), ("image", 3, 3, False), ("text", 5)]
@@ -292,3 +292,33 @@ def test_other_families(name: str) -> None:
 def chat_with(model: Any, inputs: dict[str, Any], count: int = 2) -> list[Tensor]:
     first = model(**inputs, use_cache=True)
     return [first.logits, *(answer.logits for answer in steps(model, first, count))]
+
+
+@torch.no_grad()
+def test_a_pass_that_failed_before_its_decoder_is_nobody_s_next_one() -> None:
+    """With the same cache, uncompiled, of a prompt of the same size and another image."""
+    model = build(SHAPE, ragged())
+    ids = torch.arange(1, 13)[None]
+    masks = [torch.zeros(1, 12, dtype=torch.bool) for _ in range(2)]
+    masks[0][:, 2:6] = masks[1][:, 6:10] = True
+    cache, wrong = DynamicCache(), ids.clone()
+    wrong[0, 3] = 10**6
+    with pytest.raises((IndexError, RuntimeError)):
+        torch.compile(model, backend="eager")(
+            input_ids=wrong, visual_mask=masks[0], **{CACHE_FIELD: cache}
+        )
+    assert getattr(cache, "ready", None) is None
+    with pytest.raises(ValueError, match="half filled"):
+        model(input_ids=ids, visual_mask=masks[1], **{CACHE_FIELD: cache})
+
+
+@pytest.mark.skipif(
+    not hasattr(torch, "export") or not NO_BREAK, reason="not exported by older versions"
+)
+@torch.no_grad()
+def test_text_alone_is_exported_as_stock_s() -> None:
+    model, ids = build(SHAPE, ragged()), torch.tensor([[1, 2, 3, 4]])
+    expected = build(SHAPE)(input_ids=ids, use_cache=False).logits
+    given = {"input_ids": ids, "use_cache": False}
+    program = torch.export.export(model, (), given, strict=False)
+    assert torch.equal(program.module()(**given).logits, expected)

@@ -50,3 +50,20 @@ def fails(rank: int) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def unlike(rank: int, what: str) -> str:
+    """What is raised where processes have samples or settings of their own."""
+    samples = [sample(seed, SHAPE) for seed in range(6)]
+    if what == "shards":
+        samples = samples[rank::2]
+    elif what == "another order" and rank:
+        samples = samples[::-1]
+    elif what == "fewer" and rank:
+        samples = samples[:3]
+    keep = 0.25 if what == "settings" and rank else 0.5
+    try:
+        yopo.calibrate(build(SHAPE), samples, keep=keep, distributed=True)
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -62,7 +62,8 @@ def test_loss_and_gradients_are_those_of_a_student_and_a_teacher_apart(
         F.log_softmax(logits[:, :-1][seen] / temperature, -1) for logits in (out.logits, teacher)
     )
     kl = F.kl_div(q, p, log_target=True, reduction="batchmean") * temperature**2
-    expected = weight * kl + (1 - weight) * out.loss
+    entropy = F.cross_entropy(out.logits[:, :-1][seen], given["labels"][:, 1:][seen])
+    expected = weight * kl + (1 - weight) * entropy
     expected.backward()
     assert torch.allclose(loss, expected, atol=1e-6) and loss > 0
     ours, theirs = (dict(each.named_parameters()) for each in (model, student))
@@ -94,14 +95,23 @@ def test_what_cannot_be_is_refused(
         yopo.distillation_loss(model, {**inputs(), **changes}, **settings)
 
 
-def trainer_of(folder: Path, steps: int, **more: Any) -> Any:
+def trainer_of(
+    folder: Path,
+    steps: int,
+    unlike: bool = False,
+    sizes: tuple[int, int] = (2, 1),
+    smoothing: float = 0.0,
+    **more: Any,
+) -> Any:
     from transformers import TrainingArguments
 
     pytest.importorskip("accelerate")
     model = yopo.apply(build(KIND), a_plan(head_mass="drop", cut_mass="drop"))
     model.config.use_cache = False
     whole = inputs()
-    rows = [{name: value[:1] for name, value in whole.items()} for _ in range(4)]
+    rows = [{name: value[:1].clone() for name, value in whole.items()} for _ in range(4)]
+    for number, row in enumerate(rows if unlike else ()):
+        row["labels"][:, : 2 + 3 * number] = -100
 
     def together(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
@@ -109,7 +119,9 @@ def trainer_of(folder: Path, steps: int, **more: Any) -> Any:
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=2,
+        per_device_train_batch_size=sizes[0],
+        gradient_accumulation_steps=sizes[1],
+        label_smoothing_factor=smoothing,
         learning_rate=1e-2,
         report_to=[],
         save_steps=2,
@@ -138,6 +150,34 @@ def test_the_trainer_brings_answers_nearer_and_goes_on_to_the_same_numbers(tmp_p
     assert losses(resumed)[-2:] == pytest.approx(losses(whole)[-2:], rel=1e-4)
     loaded = type(build(KIND)).from_pretrained(tmp_path / "parts" / "checkpoint-6")
     assert yopo.PruningPlan.from_config(loaded.config) == yopo.plan_of(resumed.model)
+
+
+def test_batches_of_a_step_count_as_one_large_batch(tmp_path: Path) -> None:
+    """Loss and gradients, with answers of unlike lengths."""
+    found = []
+    for name, size, batches in (("one", 4, 1), ("four", 1, 4)):
+        trainer = trainer_of(
+            tmp_path / name, 1, weight=0.5, unlike=True, sizes=(size, batches), callbacks=[]
+        )
+        trainer.train()
+        found.append((losses(trainer)[0], trainer.model.lm_head.weight.detach().clone()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-5)
+
+
+def test_another_loss_is_refused_by_the_trainer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="label_smoothing_factor or compute_loss_func"):
+        trainer_of(tmp_path, 1, smoothing=0.1)
+
+
+def test_a_teacher_drops_nothing_and_modes_are_back() -> None:
+    model = yopo.apply(build(KIND), a_plan()).train()
+    model.lm_head.eval()
+    modes: list[bool] = []
+    model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    yopo.distillation_loss(model, inputs())
+    assert modes == [False, True]
+    assert model.training and not model.lm_head.training
 
 
 def test_plans_tighten_at_their_steps(tmp_path: Path) -> None:

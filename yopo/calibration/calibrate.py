@@ -20,7 +20,7 @@ from yopo.calibration.collect import collect
 from yopo.calibration.config import RuleConfig, SearchConfig, config_of
 from yopo.calibration.divergence import divergence, references
 from yopo.calibration.head_rule import plan_by_rule
-from yopo.calibration.processes import is_first, shared
+from yopo.calibration.processes import agree, is_first, shared
 from yopo.calibration.sample_split import SampleSplit, split_for
 from yopo.calibration.sample_statistics import Statistics
 from yopo.calibration.search import search
@@ -110,6 +110,7 @@ class _Run:
     progress: bool
 
     def all(self, statistics: Statistics | None, path: str | Path | None) -> Calibration:
+        agree("settings", self.config)
         self.config.check_fit(decoder_of(self.model).config)
         before = self.order_before()
         if statistics is None:

@@ -79,7 +79,7 @@ def collect(
                 raise ValueError(f"sample {index} (the first is 0): {error}") from error
 
         try:
-            for one in in_turn(bar, measured):
+            for one in in_turn(bar, measured, lambda sample: digest_of(prompt_of(sample))):
                 found = found if one is None else found.then(one)
                 if path is not None and time.monotonic() - saved_at > SAVE_SECONDS:
                     found.save(path)

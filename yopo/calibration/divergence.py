@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from yopo.calibration.processes import in_turn
+from yopo.calibration.sample_statistics import digest_of
 from yopo.counting.flops import Prompt
 from yopo.engine.visual_cache import VisualCache
 from yopo.models.trial import under
@@ -91,7 +92,7 @@ def references(
     with under(model, plan):
         if watching is not nullcontext:  # who looks on wants to see all of them
             return [made(index, sample) for index, sample in enumerate(samples)]
-        return list(in_turn(samples, made))
+        return list(in_turn(samples, made, lambda sample: digest_of(prompt_of(sample))))
 
 
 @torch.no_grad()

@@ -45,19 +45,42 @@ def is_first() -> bool:
     return not _SHARED.get() or dist.get_rank() == 0
 
 
-def in_turn(items: Iterable[Item], work: Callable[[int, Item], Result]) -> Iterator[Result]:
-    """What `work(number, item)` gives for each item, in order. An error of one is raised in all."""
+def in_turn(
+    items: Iterable[Item],
+    work: Callable[[int, Item], Result],
+    mark: Callable[[Item], str] | None = None,
+) -> Iterator[Result]:
+    """What `work(number, item)` gives for each item, in order. An error of one is raised in all.
+    mark: tells items apart, so that it shows if not all processes have the same.
+
+    Raises ValueError, in all, where they have not, or not as many."""
     if count() == 1:
         for number, item in enumerate(items):
             yield work(number, item)
         return
     numbered, mine = iter(enumerate(items)), dist.get_rank()
-    while some := list(islice(numbered, count())):
+    while True:
+        some = list(islice(numbered, count()))
+        marks = [str(_tried(mark, item)) if mark else str(number) for number, item in some]
         made = None if mine >= len(some) else _tried(work, *some[mine])
-        for result, error in _gathered(made)[: len(some)]:
+        rounds = _gathered((marks, made))
+        if any(others != marks for others, _ in rounds):
+            raise ValueError(
+                "the processes do not have the same samples in the same order: give each of them "
+                "all of them; which are whose is decided here"
+            )
+        for _, (result, error) in rounds[: len(some)]:
             if error is not None:
                 raise error
             yield result
+        if len(some) < count():
+            return
+
+
+def agree(what: str, value: Any) -> None:
+    """Raises ValueError, in all processes, where `value` is not the same in each."""
+    if count() > 1 and len(set(_gathered(repr(value)))) > 1:
+        raise ValueError(f"the processes were called with other {what}: call each of them alike")
 
 
 def by_first(work: Callable[[], Result]) -> Result:

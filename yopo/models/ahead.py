@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from yopo.engine.layout import Grid
-from yopo.models.arguments import resolve
+from yopo.models.arguments import cache_of, resolve
 from yopo.models.fused_weights import fused_layers
 from yopo.models.ready import can_be_traced, for_tracing, make_ready
-from yopo.versions import CACHE_FIELD, CACHE_NAMES
+from yopo.versions import CACHE_FIELD, CACHE_NAMES, uncompiled
 
 
 def make_ready_ahead(
@@ -44,3 +44,12 @@ def make_ready_ahead(
     called.cache.ready = for_tracing(decoder, ready, like.dtype)
     others = {name: value for name, value in given.items() if name not in CACHE_NAMES}
     return {**others, CACHE_FIELD: called.cache}
+
+
+@uncompiled
+def forget_ready(given: Mapping[str, Any]) -> None:
+    """Of a call that was made with these arguments and has ended: a pass that nobody took, because
+    something failed before, is none of the next call's."""
+    cache = cache_of(given)
+    if getattr(cache, "ready", None) is not None:
+        cache.ready = None

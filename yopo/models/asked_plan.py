@@ -4,7 +4,6 @@ that a plan can be put on. Who asks when is patch.py's business."""
 from __future__ import annotations
 
 import os
-from functools import lru_cache
 from typing import Any
 
 from yopo.models.attach import apply
@@ -29,7 +28,7 @@ def put_on(model: Any) -> None:
         Parts.of(model)
     except TypeError:
         return
-    asked, had = _read(file), PruningPlan.from_config(model.config)
+    asked, had = PruningPlan.load(file), PruningPlan.from_config(model.config)
     if had is not None and had != asked:
         raise ValueError(
             f"{VARIABLE} (or --plan) asks for the plan in {file}, and the checkpoint of this "
@@ -46,8 +45,3 @@ def put_on(model: Any) -> None:
 def pruned() -> int:
     """How many models got it."""
     return _pruned[0]
-
-
-@lru_cache(maxsize=1)
-def _read(file: str) -> PruningPlan:
-    return PruningPlan.load(file)

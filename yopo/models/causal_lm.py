@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from yopo.engine.layout import Grid
-from yopo.models.ahead import make_ready_ahead
+from yopo.models.ahead import forget_ready, make_ready_ahead
 from yopo.models.arguments import cache_of, past_length
 from yopo.models.decoder import prune_decoder_of
 from yopo.models.exchange import named, original_of, stock_method, with_signature
@@ -43,7 +43,10 @@ class PrunedCausalLM(Generating):
         """
         if TRACING() is not None:
             stock, args, kwargs = _to_be_traced(self, args, kwargs, visual_mask, visual_grids)
-            return stock(*args, **kwargs)
+            try:
+                return stock(*args, **kwargs)
+            finally:
+                forget_ready(kwargs)
         stock = stock_method(self, PrunedCausalLM)
         if isinstance(self, PrunedCausalLM):
             keep_instrumented(self)

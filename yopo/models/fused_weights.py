@@ -198,6 +198,8 @@ def why_live(decoder: Any, layer: nn.Module) -> str | None:
         return "this torch is older than 2.4, and has no rms_norm"
     if not isinstance(layer, PrunedLayer):
         return f"it is in a {type(layer).__name__}"
+    if decoder.yopo_part.count > 1:
+        return "processes share its heads (tensor parallelism)"
     attn, mlp = layer._modules["self_attn"], layer._modules["mlp"]
     for module in (layer, attn, mlp):
         if not original_of(type(module)).__module__.startswith("transformers."):

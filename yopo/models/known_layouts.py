@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from yopo.engine.layout import VisualLayout
-from yopo.versions import is_compiling
+from yopo.versions import is_traced
 
 FEATURES = 4  # kept of each position, by which it is known again
 MOST_PROMPTS, MOST_POSITIONS = 256, 2**20  # kept of each kind, some 16 to 40 bytes a position
@@ -29,7 +29,7 @@ MOST_PROMPTS, MOST_POSITIONS = 256, 2**20  # kept of each kind, some 16 to 40 by
 
 def remember(embeds: Tensor, layout: VisualLayout) -> None:
     """Notes the `layout` of embeddings (B, n, d); one without visual tokens says they are text."""
-    if embeds.dim() != 3 or is_compiling():
+    if embeds.dim() != 3 or is_traced():
         return
     visual = bool(layout.visual.any())
     prompts = _Prompts.of(embeds, layout)
@@ -118,7 +118,7 @@ def _remember_text(module: nn.Module, arguments: Any, embeds: Any) -> None:
         return
     if embeds.shape[1] > 1:
         remember(embeds, VisualLayout.empty(*embeds.shape[:2]))
-    elif not _is_table(module) and _is_plain(embeds) and not is_compiling():
+    elif not _is_table(module) and _is_plain(embeds) and not is_traced():
         _SINGLE.append(embeds.detach().clone())
 
 

@@ -5,11 +5,13 @@ optimiser and no loop; trainer.py has transformers'.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from yopo.models.unpruned import unpruned
 
@@ -29,11 +31,12 @@ def distillation_loss(
 
     inputs: of forward, with `labels` (B, n), -100 where no answer is. temperature: both
     distributions are taken at it, and KL is multiplied by its square. weight: of KL; the rest is
-    the outputs' own loss, cross entropy with the labels. num_items: divides the sum over tokens in
-    place of how many there are in this batch (gradient accumulation).
+    cross entropy with the labels. num_items: divides the sums over tokens in place of how many
+    there are in this batch (gradient accumulation). The teacher's pass is in eval mode.
 
-    Raises ValueError without labels, for settings that cannot be, and for a model whose logits are
-    not of the labels' tokens (the original LLaVA's, which puts image tokens in between).
+    Raises ValueError without labels, for settings that cannot be, for inputs with a cache or fewer
+    logits than tokens, and for a model whose logits are not of the labels' tokens (the original
+    LLaVA's, which puts image tokens in between).
     """
     labels = inputs.get("labels")
     if labels is None:
@@ -42,9 +45,13 @@ def distillation_loss(
         raise ValueError(
             f"temperature is {temperature}, weight {weight}; allowed: above 0, and from 0 to 1"
         )
-    with torch.no_grad(), unpruned():
-        taught = model(**{**inputs, "labels": None}).logits
-    outputs = model(**inputs)
+    if given := sorted(name for name in _OF_ANSWERING if inputs.get(name)):
+        raise ValueError(f"inputs have {given}, which is for answering: leave it out")
+    told = {name: value for name, value in inputs.items() if name != "labels"}
+    told |= {"return_dict": True}
+    with torch.no_grad(), unpruned(), _in_eval(model):
+        taught = model(**told).logits
+    outputs = model(**told)
     logits = outputs.logits
     if logits.shape[:2] != labels.shape:
         raise ValueError(
@@ -52,12 +59,25 @@ def distillation_loss(
             f"{tuple(labels.shape)}: take inputs whose labels have a place for each token"
         )
     answered = labels[:, 1:] != IGNORED
-    ours, theirs = (
-        (each[:, :-1][answered].float() / temperature).log_softmax(-1) for each in (logits, taught)
-    )
-    kl = temperature**2 * (theirs.exp() * (theirs - ours)).sum()
+    mine, theirs = (each[:, :-1][answered].float() for each in (logits, taught))
+    q, p = ((each / temperature).log_softmax(-1) for each in (mine, theirs))
     count = answered.sum().clamp(min=1) if num_items is None else num_items
-    loss = weight * kl / count
+    loss = weight * temperature**2 * (p.exp() * (p - q)).sum() / count
     if weight < 1:
-        loss = loss + (1 - weight) * outputs.loss
+        entropy = F.cross_entropy(mine, labels[:, 1:][answered], reduction="sum")
+        loss = loss + (1 - weight) * entropy / count
     return loss, outputs
+
+
+_OF_ANSWERING = ("past_key_values", "logits_to_keep", "num_logits_to_keep")
+
+
+@contextmanager
+def _in_eval(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -20,25 +20,43 @@ from yopo.training.distillation import distillation_loss
 class DistillationTrainer(Trainer):
     """A Trainer of a model with a plan that is taught by itself without it.
 
-    temperature, weight: as of `distillation_loss`. Evaluation reports the same loss."""
+    temperature, weight: as of `distillation_loss`. Evaluation reports the same loss. Raises
+    ValueError for another loss (label smoothing, compute_loss_func)."""
 
     def __init__(
         self, *args: Any, temperature: float = 1.0, weight: float = 1.0, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.label_smoother is not None or getattr(self, "compute_loss_func", None) is not None:
+            raise ValueError(
+                "label_smoothing_factor or compute_loss_func is given, but the loss is "
+                "distillation's: leave it out, or take transformers' own Trainer"
+            )
         self.temperature, self.weight = temperature, weight
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Tensor | tuple[Tensor, Any]:
+        # Of a model without them the Trainer itself divides by the batches of a step.
+        counts = getattr(self, "model_accepts_loss_kwargs", False)
+        num_items = kwargs.get("num_items_in_batch") if counts else None
         loss, outputs = distillation_loss(
             model,
             inputs,
             temperature=self.temperature,
             weight=self.weight,
-            num_items=kwargs.get("num_items_in_batch"),
+            num_items=num_items,
         )
+        if num_items is not None and getattr(self.args, "average_tokens_across_devices", False):
+            loss = loss * self._that_count_together()
         return (loss, outputs) if return_outputs else loss
+
+    def _that_count_together(self) -> int:
+        """How many processes' items are in num_items_in_batch: gradients are averaged over them."""
+        if self.args.n_gpu > 1:
+            return int(self.args.n_gpu)
+        shared = self.get_tp_size() if hasattr(self, "get_tp_size") else 1
+        return int(self.accelerator.num_processes // shared)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The Trainer's; and weights that it would pass over: transformers 5 saves those of LLaVA
@@ -59,6 +77,8 @@ class TightenPlan(TrainerCallback):
     with the plan of the step it has come to."""
 
     def __init__(self, plans: Mapping[int, PruningPlan]) -> None:
+        if any(not isinstance(plan, PruningPlan) for plan in plans.values()):
+            raise TypeError("plans has values that are no PruningPlan; load them first")
         if not plans or min(plans) != 0:
             raise ValueError(f"plans begin at steps {sorted(plans)}; there must be one at step 0")
         self._plans = dict(sorted(plans.items()))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from yopo.engine.layout import Grid, VisualLayout
 from yopo.engine.visual_cache import VisualCache
-from yopo.models.ahead import make_ready_ahead
+from yopo.models.ahead import forget_ready, make_ready_ahead
 from yopo.models.arguments import cache_of
 from yopo.models.exchange import named, stock_method, with_signature
 from yopo.models.generating import Generating
@@ -78,9 +78,11 @@ class Composite(Generating):
         try:
             out = begun.stock(*begun.args, **begun.kwargs)
         finally:
+            taken = begun.taken
             CALL.reset(token)
             _end(self)
-        if begun.layout is not None and not begun.taken:
+            forget_ready(begun.kwargs)
+        if begun.layout is not None and not taken:
             raise _not_taken(self)
         return out
 
