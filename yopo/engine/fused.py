@@ -46,20 +46,33 @@ class Product:
 
     def add_to(self, rows: Tensor, x: Tensor) -> Tensor:
         """Adds to rows, in place, what x gives."""
-        rows.addmm_(x, self.weight.t())
-        return rows if self.bias is None else rows.add_(self.bias)
+        self._add(rows, x, self.weight)
+        return rows
 
-    def of_rows(self, at: slice) -> Product:
-        return Product(self.weight[at], None if self.bias is None else self.bias[at])
+    # Of parts of it no Product is made: torch.compile of some versions calls none that it has seen
+    # made.
 
-    def of_heads(self, heads: Tensor, head_dim: int) -> Product:
-        """The part that gives `heads` (H',)."""
+    def of_rows(self, x: Tensor, at: slice) -> Tensor:
+        """What those rows of the weight give."""
+        return F.linear(x, self.weight[at], None if self.bias is None else self.bias[at])
+
+    def of_heads(self, x: Tensor, heads: Tensor, head_dim: int) -> Tensor:
+        """What `heads` (H',) of it give. Their weights are gathered, and let go at once."""
         bias = None if self.bias is None else kept(self.bias, heads, head_dim, 0)
-        return Product(kept(self.weight, heads, head_dim, 0), bias)
+        return F.linear(x, kept(self.weight, heads, head_dim, 0), bias)
 
-    def from_heads(self, heads: Tensor, head_dim: int) -> Product:
-        """The part that takes `heads` (H',), the others being zero."""
-        return Product(kept(self.weight, heads, head_dim, 1), self.bias)
+    def add_from_heads(self, rows: Tensor, x: Tensor, heads: Tensor, head_dim: int) -> None:
+        """Adds to rows, in place, what x gives, of `heads` (H',), the others being zero."""
+        self._add(rows, x, kept(self.weight, heads, head_dim, 1))
+
+    def add_from_first(self, rows: Tensor, x: Tensor) -> None:
+        """Adds to rows, in place, what x gives, of the first inputs, the others being zero."""
+        self._add(rows, x, self.weight[:, : x.shape[1]])
+
+    def _add(self, rows: Tensor, x: Tensor, weight: Tensor) -> None:
+        rows.addmm_(x, weight.t())
+        if self.bias is not None:
+            rows.add_(self.bias)
 
 
 @dataclass(frozen=True)
@@ -104,16 +117,16 @@ def _attended(layer: FusedLayer, rows: Tensor, call: LayerCall) -> Tensor:
         text, visual = layer.qkv(x).view(rows.shape[0], plan.count, dim).tensor_split([n_text])
     else:
         text = layer.qkv(x[:n_text]).view(n_text, plan.count, dim)
-        # The weights of these heads are gathered, and let go at once.
-        visual = layer.qkv.of_heads(plan.visual_order, dim)(x[n_text:])
+        visual = layer.qkv.of_heads(x[n_text:], plan.visual_order, dim)
         visual = visual.view(shared.n_visual, sum(plan.visual_counts), dim)
     text, out = attend(text, visual, call, in_place=True)
     rows = rows.clone() if call.changes_visual else rows[:n_text].clone()
     layer.o.add_to(rows[:n_text], text.flatten(1))
     if out is not None and call.changes_visual:
-        heads = plan.visual_heads
-        o = layer.o if heads is None else layer.o.from_heads(heads, dim)
-        o.add_to(rows[n_text:], out.flatten(1))
+        if plan.visual_heads is None:
+            layer.o.add_to(rows[n_text:], out.flatten(1))
+        else:
+            layer.o.add_from_heads(rows[n_text:], out.flatten(1), plan.visual_heads, dim)
     return rows
 
 
@@ -129,12 +142,11 @@ def _sliced_ffn(layer: FusedLayer, rows: Tensor, n_text: int, neurons: int) -> T
     x, of_all = layer.before_ffn(rows), layer.down.weight.shape[1]
 
     def hidden(x: Tensor, first: int, stop: int) -> Tensor:
-        gate = layer.gate_up.of_rows(slice(first, stop))
-        up = layer.gate_up.of_rows(slice(of_all + first, of_all + stop))
-        return layer.act(gate(x)) * up(x)
+        gate = layer.gate_up.of_rows(x, slice(first, stop))
+        return layer.act(gate) * layer.gate_up.of_rows(x, slice(of_all + first, of_all + stop))
 
     down = layer.down
-    Product(down.weight[:, :neurons], down.bias).add_to(rows, hidden(x, 0, neurons))
+    down.add_from_first(rows, hidden(x, 0, neurons))
     if neurons < of_all:
         rest = hidden(x[:n_text], neurons, of_all)
         rows[:n_text].addmm_(rest, down.weight[:, neurons:].t())
