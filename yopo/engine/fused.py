@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from yopo.engine.kept_heads import kept
 from yopo.engine.layer import LayerCall, attend
 
+GATHERED = 16 << 20  # bytes of a weight that are gathered together on a CPU
+
 
 @dataclass(frozen=True)
 class RMSNorm:
@@ -58,16 +60,34 @@ class Product:
 
     def of_heads(self, x: Tensor, heads: Tensor, head_dim: int) -> Tensor:
         """What `heads` (H',) of it give. Their weights are gathered, and let go at once."""
-        bias = None if self.bias is None else kept(self.bias, heads, head_dim, 0)
-        return F.linear(x, kept(self.weight, heads, head_dim, 0), bias)
+        parts = self._gathered_together(heads, head_dim * self.weight.shape[1])
+        outs = [self._of_heads(x, part, head_dim) for part in parts]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
     def add_from_heads(self, rows: Tensor, x: Tensor, heads: Tensor, head_dim: int) -> None:
         """Adds to rows, in place, what x gives, of `heads` (H',), the others being zero."""
-        self._add(rows, x, kept(self.weight, heads, head_dim, 1))
+        parts = self._gathered_together(heads, head_dim * self.weight.shape[0])
+        inputs = x.split([len(part) * head_dim for part in parts], dim=1)
+        for part, mine in zip(parts, inputs, strict=True):
+            rows.addmm_(mine, kept(self.weight, part, head_dim, 1).t())
+        if self.bias is not None:
+            rows.add_(self.bias)
 
     def add_from_first(self, rows: Tensor, x: Tensor) -> None:
         """Adds to rows, in place, what x gives, of the first inputs, the others being zero."""
         self._add(rows, x, self.weight[:, : x.shape[1]])
+
+    def _of_heads(self, x: Tensor, heads: Tensor, head_dim: int) -> Tensor:
+        bias = None if self.bias is None else kept(self.bias, heads, head_dim, 0)
+        return F.linear(x, kept(self.weight, heads, head_dim, 0), bias)
+
+    def _gathered_together(self, heads: Tensor, numbers: int) -> tuple[Tensor, ...]:
+        """Heads, of so many numbers each, in parts whose weights are gathered together: on a CPU
+        what is larger is given back to the system each time, and paged in anew."""
+        if heads.device.type != "cpu":
+            return (heads,)
+        most = max(1, GATHERED // (numbers * self.weight.element_size()))
+        return heads.split(most)
 
     def _add(self, rows: Tensor, x: Tensor, weight: Tensor) -> None:
         rows.addmm_(x, weight.t())
