@@ -32,6 +32,14 @@ LAYERS, HEADS, HIDDEN, NEURONS, SIDE = 6, 8, 64, 96, 8
 STOCK = "stock"
 TEXTS, STEPS = (20, 33, 47), 4  # text tokens of the prompts, decode steps after each
 IMAGE = 5  # the placeholder's id
+TEXT_SIZES: dict[str, Any] = dict(
+    vocab_size=128,
+    hidden_size=HIDDEN,
+    intermediate_size=NEURONS,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=HEADS,
+    num_key_value_heads=HEADS,
+)
 
 
 @dataclass
@@ -64,27 +72,11 @@ def plan(mass: str) -> PruningPlan:
 
 
 def llama() -> Any:
-    config = transformers.LlamaConfig(
-        vocab_size=128,
-        hidden_size=HIDDEN,
-        intermediate_size=NEURONS,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT_SIZES)).eval()
 
 
 def llava() -> Any:
-    text = dict(
-        model_type="llama",
-        vocab_size=128,
-        hidden_size=HIDDEN,
-        intermediate_size=NEURONS,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-    )
+    text = dict(model_type="llama", **TEXT_SIZES)
     tower = dict(
         model_type="clip_vision_model",
         hidden_size=32,

@@ -25,50 +25,40 @@ from yopo.plan.pruning_plan import PruningPlan
 
 def host_table(figures: list[dict[str, Any]]) -> str:
     """Of host.host_figures."""
-    from tabulate import tabulate
-
-    heads = ["arm"]
-    for phase in ("prefill", "decode"):
-        heads += [f"{phase}, ms", "over stock", "operations a layer", "over stock "]
-    rows = [
-        [
-            row["arm"],
-            *(
-                f"{row[f'{phase}_{key}']:.{digits}f}"
-                for phase in ("prefill", "decode")
-                for key, digits in (
-                    ("ms", 2),
-                    ("over_stock", 2),
-                    ("operations", 1),
-                    ("operations_over_stock", 2),
-                )
-            ),
-        ]
-        for row in figures
-    ]
-    return tabulate(rows, heads, tablefmt="github", disable_numparse=True)
+    columns = (
+        ("{}, ms", "ms", ".2f", 1),
+        ("over stock", "over_stock", ".2f", 1),
+        ("operations a layer", "operations", ".1f", 1),
+        ("over stock ", "operations_over_stock", ".2f", 1),
+    )
+    return _table_of(figures, ("prefill", "decode"), columns)
 
 
 def training_table(figures: list[dict[str, Any]]) -> str:
     """Of train_steps.training_figures."""
+    columns = (
+        ("with {}: step, s", "s", ".2f", 1),
+        ("× stock", "ratio", ".2f", 1),
+        ("kept, MiB", "kept_bytes", ".0f", 2**20),
+        ("of stock", "kept_of_stock", ".1%", 1),
+    )
+    return _table_of(figures, ("image", "text"), columns)
+
+
+def _table_of(
+    figures: list[dict[str, Any]],
+    parts: tuple[str, ...],
+    columns: tuple[tuple[str, str, str, int], ...],
+) -> str:
+    """A line for each arm. columns: of each part, in turn: head, key, format, unit."""
     from tabulate import tabulate
 
-    heads = ["arm"]
-    for kind in ("image", "text"):
-        heads += [f"with {kind}: step, s", "× stock", "kept, MiB", "of stock"]
+    each = [(part, *column) for part in parts for column in columns]
+    heads = ["arm", *(head.format(part) for part, head, *_ in each)]
     rows = [
         [
             row["arm"],
-            *(
-                words
-                for kind in ("image", "text")
-                for words in (
-                    f"{row[f'{kind}_s']:.2f}",
-                    f"{row[f'{kind}_ratio']:.2f}",
-                    f"{row[f'{kind}_kept_bytes'] / 2**20:.0f}",
-                    f"{row[f'{kind}_kept_of_stock']:.1%}",
-                )
-            ),
+            *(format(row[f"{part}_{key}"] / unit, spec) for part, _, key, spec, unit in each),
         ]
         for row in figures
     ]

@@ -20,7 +20,6 @@ from yopo.bench.random_model import Case, random_model
 from yopo.bench.timing import timed
 from yopo.counting.setting import Setting
 from yopo.models import attach
-from yopo.plan.pruning_plan import PruningPlan
 
 STOCK, OURS = "stock SDPA", "yopo"
 KINDS = ("image", "text")
@@ -32,7 +31,7 @@ class TrainArm:
     forward keeps for the backward, beside parameters and inputs."""
 
     name: str
-    enter: Callable[[], None]
+    enter: Callable[[], Any]
     told: dict[str, Any]
     seconds: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     kept_bytes: dict[str, int] = field(default_factory=dict)
@@ -48,7 +47,7 @@ def measure_training(setting: Setting, device: torch.device, rounds: int) -> lis
     told = {"visual_mask": visual, "visual_grids": case.layout.grids}
     arms = [TrainArm(STOCK, partial(attach.remove, model), {})]
     if plan is not None:
-        arms.append(TrainArm(OURS, partial(_apply, model, plan), told))
+        arms.append(TrainArm(OURS, partial(attach.apply, model, plan), told))
 
     def step(arm: TrainArm, kind: str) -> None:
         given = arm.told if kind == "image" else _of_text(arm.told, embeds["text"])
@@ -84,10 +83,6 @@ def training_figures(arms: list[TrainArm]) -> list[dict[str, Any]]:
     return rows
 
 
-def _apply(model: Any, plan: PruningPlan) -> None:
-    attach.apply(model, plan)
-
-
 def _of_text(told: dict[str, Any], embeds: Tensor) -> dict[str, Any]:
     if not told:
         return {}
@@ -102,10 +97,8 @@ def _kept(model: nn.Module, embeds: Tensor, step: Callable[[], None]) -> int:
     def pack(each: Tensor) -> Tensor:
         storage = each.untyped_storage()
         if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = (
-                storage.nbytes(),
-                each,
-            )  # held: no other takes its place
+            # Held, so that no other takes its place.
+            kept[storage.data_ptr()] = storage.nbytes(), each
         return each
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda each: each):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from yopo.engine.kept_heads import kept
+from yopo.engine.kept_heads import kept, kept_linear
 from yopo.engine.layer import LayerCall, attend
 
 GATHERED = 16 << 20  # bytes of a weight that are gathered together on a CPU
@@ -61,7 +61,10 @@ class Product:
     def of_heads(self, x: Tensor, heads: Tensor, head_dim: int) -> Tensor:
         """What `heads` (H',) of it give. Their weights are gathered, and let go at once."""
         parts = self._gathered_together(heads, head_dim * self.weight.shape[1])
-        outs = [self._of_heads(x, part, head_dim) for part in parts]
+        outs = []
+        for part in parts:
+            bias = None if self.bias is None else kept(self.bias, part, head_dim, 0)
+            outs.append(kept_linear(x, self.weight, bias, part, head_dim, 0))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
     def add_from_heads(self, rows: Tensor, x: Tensor, heads: Tensor, head_dim: int) -> None:
@@ -76,10 +79,6 @@ class Product:
     def add_from_first(self, rows: Tensor, x: Tensor) -> None:
         """Adds to rows, in place, what x gives, of the first inputs, the others being zero."""
         self._add(rows, x, self.weight[:, : x.shape[1]])
-
-    def _of_heads(self, x: Tensor, heads: Tensor, head_dim: int) -> Tensor:
-        bias = None if self.bias is None else kept(self.bias, heads, head_dim, 0)
-        return F.linear(x, kept(self.weight, heads, head_dim, 0), bias)
 
     def _gathered_together(self, heads: Tensor, numbers: int) -> tuple[Tensor, ...]:
         """Heads, of so many numbers each, in parts whose weights are gathered together: on a CPU

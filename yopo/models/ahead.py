@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from yopo.engine.layout import Grid
+from yopo.engine.visual_cache import VisualCache
 from yopo.models.arguments import cache_of, resolve
 from yopo.models.fused_weights import fused_layers
 from yopo.models.ready import can_be_traced, for_tracing, make_ready
@@ -42,8 +43,13 @@ def make_ready_ahead(
     fused = fused_layers(decoder, like) if decoder.yopo_fused else None
     ready = make_ready(decoder, called, fused, like.device)
     called.cache.ready = for_tracing(decoder, ready, like.dtype)
+    return with_cache(given, called.cache)
+
+
+def with_cache(given: Mapping[str, Any], cache: VisualCache) -> dict[str, Any]:
+    """Arguments by name with this cache in place of theirs."""
     others = {name: value for name, value in given.items() if name not in CACHE_NAMES}
-    return {**others, CACHE_FIELD: called.cache}
+    return {**others, CACHE_FIELD: cache}
 
 
 @uncompiled

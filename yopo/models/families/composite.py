@@ -14,14 +14,12 @@ from torch import Tensor
 
 from yopo.engine.layout import Grid, VisualLayout
 from yopo.engine.visual_cache import VisualCache
-from yopo.models.ahead import forget_ready, make_ready_ahead
+from yopo.models.ahead import forget_ready, make_ready_ahead, with_cache
 from yopo.models.arguments import cache_of
 from yopo.models.exchange import named, stock_method, with_signature
 from yopo.models.generating import Generating
 from yopo.models.told import CALL, Call, during, told
 from yopo.versions import (
-    CACHE_FIELD,
-    CACHE_NAMES,
     TRACING,
     is_compiling,
     llava_expects_images_in_ids,
@@ -111,8 +109,7 @@ class Composite(Generating):
         cache = None if ready is None else cache_of(ready)
         if not isinstance(cache, VisualCache):
             return None
-        others = {name: value for name, value in given.items() if name not in CACHE_NAMES}
-        return {**others, CACHE_FIELD: cache}
+        return with_cache(given, cache)
 
     def _embedded(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments with embeddings for input_ids, where these show no image."""
