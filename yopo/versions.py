@@ -23,43 +23,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 StaticCache = getattr(transformers.cache_utils, "StaticCache", None)  # from 4.38 on
 
-__all__ = [
-    "CACHE_FIELD",
-    "CACHE_NAMES",
-    "TRACING",
-    "DynamicCache",
-    "StaticCache",
-    "attention_is_switchable",
-    "attention_output",
-    "auto_tokenizer_ignores_class",
-    "checkpoints_itself",
-    "clear_stock_cache",
-    "crop_counts_removed",
-    "emptied",
-    "has_families",
-    "has_flash",
-    "has_log_sums",
-    "has_rms_norm",
-    "is_compiling",
-    "is_traced",
-    "layer_returns_tuple",
-    "llava_expects_images_in_ids",
-    "longest",
-    "newer_than_tested",
-    "nothing_captured",
-    "passed_to_every_forward",
-    "read_stock_cache",
-    "require_families",
-    "require_transformers",
-    "rope",
-    "skipped",
-    "sliding_window",
-    "takes_any_position",
-    "tells_tracing",
-    "uncompiled",
-    "weights_only_is_safe",
-]
-
 # ---------------------------------------------------------------------------- supported versions
 
 OLDEST, NEWEST = (4, 36), (5, 24)  # transformers, as tested; the shapes of Cache set the lower end
@@ -163,6 +126,26 @@ def tells_tracing() -> bool:
 uncompiled = torch.compiler.disable
 # Not the function, but each one that it calls: called itself, it is no break.
 skipped = torch._dynamo.decorators.skip
+
+
+# ------------------------------------------------------------------------------------ gradients
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """What torch.autocast, on a kind of device, makes products in; None where it is off. Before 2.4
+    it was asked of each kind by a function of its own."""
+    if hasattr(torch, "get_autocast_dtype"):
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if kind == "cpu":
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether it stands for several, under torch.func or is_grads_batched, which cannot write into
+    a part of one. torch has no public function that says so."""
+    known = torch._C._functorch
+    return known.is_functorch_wrapped_tensor(tensor) or known.is_legacy_batchedtensor(tensor)
 
 
 # ---------------------------------------------------------------------- rotary position angles

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from yopo.engine.kept_heads import kept, kept_linear
 from yopo.engine.layer import LayerCall, attend
+from yopo.engine.part_products import kept
 
 GATHERED = 16 << 20  # bytes of a weight that are gathered together on a CPU
 
@@ -64,7 +64,7 @@ class Product:
         outs = []
         for part in parts:
             bias = None if self.bias is None else kept(self.bias, part, head_dim, 0)
-            outs.append(kept_linear(x, self.weight, bias, part, head_dim, 0))
+            outs.append(F.linear(x, kept(self.weight, part, head_dim, 0), bias))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
     def add_from_heads(self, rows: Tensor, x: Tensor, heads: Tensor, head_dim: int) -> None:

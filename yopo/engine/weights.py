@@ -18,8 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from yopo.engine.kept_heads import kept, kept_linear
 from yopo.engine.layer_plan import LayerPlan
+from yopo.engine.part_products import (
+    from_first_and_rest,
+    from_heads_kept,
+    to_first_and_rest,
+    to_heads_kept,
+)
 from yopo.versions import is_compiling
 
 # Where activations are made that take values one by one, and those that do not.
@@ -217,10 +222,8 @@ def project_to_heads(
         every = to_heads(linear(x), count, head_dim)
         text, visual = every[:n_text], every[n_text:]
         return text, visual if heads is None else visual.index_select(1, heads)
-    bias = None if linear.bias is None else kept(linear.bias, heads, head_dim, 0)
-    visual = kept_linear(x[n_text:], linear.weight, bias, heads, head_dim, 0)
-    text = to_heads(linear(x[:n_text]), count, head_dim)
-    return text, visual.unflatten(-1, (-1, head_dim))
+    text, visual = to_heads_kept(x, n_text, linear.weight, linear.bias, heads, head_dim)
+    return to_heads(text, count, head_dim), visual.unflatten(-1, (-1, head_dim))
 
 
 def project_from_heads(
@@ -231,9 +234,8 @@ def project_from_heads(
     if visual is None:
         return linear(text.flatten(1))
     if heads is not None and is_plain(linear):
-        weight, head_dim = linear.weight, text.shape[2]
-        of_visual = kept_linear(visual.flatten(1), weight, linear.bias, heads, head_dim, 1)
-        return torch.cat([linear(text.flatten(1)), of_visual])
+        flat, head_dim = (text.flatten(1), visual.flatten(1)), text.shape[2]
+        return from_heads_kept(*flat, linear.weight, linear.bias, heads, head_dim)
     if heads is not None:
         visual = visual.new_zeros(len(visual), *text.shape[1:]).index_copy(1, heads, visual)
     every = torch.cat([text, visual]).flatten(1)
@@ -257,18 +259,11 @@ def gated_ffn(mlp: GatedFFN, x: Tensor, n_text: int, neurons: int, of_all: int) 
         return call(down, hidden.masked_fill(~(used[None, :] | text[:, None]), 0)).output
     gate, up = linears
 
-    def part(rows: Tensor, of: slice) -> Tensor:
-        def linear(module: nn.Linear | Rows) -> Tensor:
-            return F.linear(
-                rows, module.weight[of], None if module.bias is None else module.bias[of]
-            )
-
-        return F.linear(act(linear(gate)) * linear(up), down.weight[:, of])
-
-    out = part(x, slice(0, neurons))
-    text = out[:n_text] + part(x[:n_text], slice(neurons, None))
-    out = torch.cat([text, out[n_text:]])
-    return out if down.bias is None else out + down.bias
+    gates, ups = (
+        to_first_and_rest(x, n_text, linear.weight, linear.bias, neurons) for linear in (gate, up)
+    )
+    first, rest = (act(gate) * up for gate, up in zip(gates, ups, strict=True))
+    return from_first_and_rest(first, rest, down.weight, down.bias)
 
 
 def _called_neurons(mlp: GatedFFN, act: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
