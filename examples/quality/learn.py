@@ -18,6 +18,9 @@ from pictures import SHOWN, Task, draw_turns, tokens
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
+from yopo import unpruned
+from yopo.training.distillation import divergence
+
 WORKERS = 2  # parts of a batch at a time: operations are too small to share one among cores
 TURNS = 8  # questions to a picture in one training sequence
 READINGS = 2  # "read row-2" and the like: four answers at the price of one question
@@ -195,9 +198,11 @@ def train_reader(
     seed: int,
     warm: float = 0.05,
     readings: float = 0.0,
+    taught: bool = False,
 ) -> None:
     """Trains the model as it stands (dense or under a plan) on all tasks alike; leaves `path`.
 
+    taught: not by the answers, but by what the model says to them without its plan.
     readings: for this share of the steps it also reads READINGS lines of digits off each picture.
     """
     if path.exists():
@@ -209,15 +214,21 @@ def train_reader(
     began, running = time.time(), {}
 
     def learn(part: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Loss of each place, and gradients, of a part of a batch."""
+        """The loss, which places are right, and gradients, of a part of a batch."""
         seen, ids, targets = part
+        asked = targets >= 0
         with products():
-            logits = model(seen.float(), ids)
-        logits, targets = logits.float().flatten(0, 1), targets.flatten()
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        right = (logits.argmax(1) == targets).view(len(ids), -1)
+            logits = model(seen.float(), ids).float()
+            if taught:
+                with torch.no_grad(), unpruned():
+                    dense = model(seen.float(), ids)[asked]
+        right = logits.argmax(-1) == targets
+        if taught:
+            loss = divergence(logits[asked], dense, targets[asked], temperature=1.0, weight=1.0)
+            loss = loss / asked.sum()
+        else:
+            loss = F.cross_entropy(logits[asked], targets[asked])
         # bfloat16 weights' own gradients are cast back by autocast.
-        loss = losses.sum() / (targets >= 0).sum()
         return loss.detach(), right, torch.autograd.grad(loss, course.parameters)
 
     model.train()

@@ -11,7 +11,7 @@ from variants import RECIPES, RIVALS, Variant
 
 RULES = ["dense", "search", "hand", *RECIPES, *RIVALS]
 Row = dict[str, Any]
-COLUMNS = ["name", "budget", "rule", "mass", "tuned", "visual", "total"]
+COLUMNS = ["name", "budget", "rule", "mass", "tuned", "taught", "visual", "total"]
 COLUMNS += [f"{task}{end}" for task in ("easy", "digits") for end in ("", "_low", "_high")]
 COLUMNS += ["below_dense", "below_dense_low", "below_dense_high", *KINDS, "products", "plan"]
 
@@ -40,8 +40,12 @@ def rows(measured: Path, test: dict[str, Task]) -> list[Row]:
             one["below_dense"], one["below_dense_low"], one["below_dense_high"] = loss
     for one in made:
         del one["right"]
-    made.sort(key=lambda r: (-r["budget"], RULES.index(r["rule"]), r["tuned"], r["mass"]))
+    made.sort(key=lambda r: (-r["budget"], RULES.index(r["rule"]), *_of_row(r)))
     return made
+
+
+def _of_row(row: Row) -> tuple[Any, ...]:
+    return row["tuned"] + row["taught"], row["mass"]
 
 
 def learned(right: list[list[bool]], task: Task) -> list[list[bool]]:
@@ -83,11 +87,11 @@ def table(made: list[Row]) -> str:
         return f"{row['easy']:.1f} · **{row['digits']:.1f}** ({reach}) at {row['visual']:.1f}"
 
     def kind(row: Row) -> tuple[Any, ...]:
-        return RULES.index(row["rule"]), row["tuned"], row["mass"]
+        return RULES.index(row["rule"]), *_of_row(row)
 
     for one in sorted({kind(row) for row in made}):
         cells = {row["budget"]: cell(row) for row in made if kind(row) == one}
-        rule, tuned, mass = RULES[one[0]], "yes" if one[1] else "no", one[2] or "–"
+        rule, tuned, mass = RULES[one[0]], ("no", "yes", "by itself")[one[1]], one[2] or "–"
         if rule == "dense":
             cells = {budgets[0]: cells[100]} if budgets else {}
         told = " | ".join(cells.get(budget, "") for budget in budgets)
@@ -106,7 +110,11 @@ def targets(made: list[Row]) -> str:
     def add(what: str, met: bool, told: str) -> None:
         lines.append(f"| {what} | {'met' if met else 'missed'}: {told} |")
 
-    found = {(r["rule"], r["budget"], r["mass"], r["tuned"]): r["digits"] for r in made}
+    found = {
+        (r["rule"], r["budget"], r["mass"], r["tuned"]): r["digits"]
+        for r in made
+        if not r["taught"]
+    }
     for (budget, tuned), least in HOPED.items():
         got = found.get(("search", budget, "drop", tuned))
         if got is not None:
@@ -150,7 +158,8 @@ def draw(made: list[Row], path: Path) -> None:
     figure, panels = pyplot.subplots(2, 2, figsize=(14, 10), sharex=True)
     for tuned, line in zip((False, True), panels, strict=True):
         for axes, task in zip(line, ("easy", "digits"), strict=True):
-            _panel(axes, [row for row in made if row["tuned"] == tuned], task)
+            shown = [row for row in made if row["tuned"] == tuned and not row["taught"]]
+            _panel(axes, shown, task)
             name = {"easy": "easy-VQA", "digits": "digits"}[task]
             axes.set_title(f"{name}, {'' if tuned else 'not '}fine-tuned")
     for axes in panels[1]:

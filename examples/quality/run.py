@@ -16,6 +16,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -208,13 +209,20 @@ class Study:
         shutil.copy(path, self.results)
         return plan
 
-    def tune(self, reader: Reader, name: str) -> None:
-        """All fine-tunes are equal but for the plan: steps, rate, and the questions drawn. Sinks
-        stay as they were fitted to the dense weights."""
-        path = self.work / "tuned" / f"{name}.pt"
+    def tune(self, reader: Reader, variant: Variant) -> None:
+        """All fine-tunes are equal but for the plan and who teaches: steps, rate, and the questions
+        drawn. Sinks stay as they were fitted to the dense weights."""
+        path = self.work / "tuned" / f"{variant.name}.pt"
         path.parent.mkdir(exist_ok=True)
         learn.train_reader(
-            reader, self.train_data, path, self.steps("tuned"), BATCH, TUNED_RATE, seed=99
+            reader,
+            self.train_data,
+            path,
+            self.steps("tuned"),
+            BATCH,
+            TUNED_RATE,
+            seed=99,
+            taught=variant.taught,
         )
 
     # -- measuring -----------------------------------------------------------------------------
@@ -247,7 +255,7 @@ class Study:
         visual, total = variants.shares(reader.config, plan)
         apply(reader.llama, plan)
         if variant.tuned:
-            self.tune(reader, variant.name)
+            self.tune(reader, variant)
         facts = {"plan": plan.summary(), "visual": visual, "total": total}
         return answers.guesses(reader.eval()), facts
 
@@ -259,7 +267,7 @@ class Study:
             reader.grid = rivals.COARSE[variant.budget]
             tokens = math.prod(reader.grid)
         if variant.tuned:
-            self.tune(reader, variant.name)
+            self.tune(reader, variant)
         reader.eval()
         choose = rivals.CHOICES.get(rule)
         guess = answers.guesses(reader)
@@ -300,6 +308,9 @@ def main() -> None:
     parser.add_argument(
         "--share", type=float, default=1, help="of steps and pictures: 0.01 tries it out"
     )
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="variants of such names: '12-search-*'"
+    )
     arguments = parser.parse_args()
     trial = arguments.share != 1
     work = arguments.work or HERE / (f"work-{arguments.share:g}" if trial else "work")
@@ -313,6 +324,8 @@ def main() -> None:
     failed = []
     try:
         for variant in variants.all_variants():
+            if not any(fnmatch(variant.name, name) for name in arguments.only or ("*",)):
+                continue
             try:
                 study.measure(variant)
             except Exception:

@@ -34,16 +34,19 @@ RIVALS = {
 @dataclass(frozen=True)
 class Variant:
     """rule: who chose what is pruned: "hand" (released head rule), "search", one of RECIPES or
-    RIVALS, or "dense". mass: of hand-made and searched plans. tuned: fine-tuned under the plan."""
+    RIVALS, or "dense". mass: of hand-made and searched plans. tuned: fine-tuned under the plan.
+    taught: not by right answers then, but by the model's own without the plan (distillation)."""
 
     rule: str
     budget: int = 100
     mass: str = ""
     tuned: bool = False
+    taught: bool = False
 
     @property
     def name(self) -> str:
-        parts = (str(self.budget), self.rule, self.mass, "tuned" if self.tuned else "plain")
+        how = "taught" if self.taught else "tuned" if self.tuned else "plain"
+        parts = (str(self.budget), self.rule, self.mass, how)
         return "-".join(filter(None, parts)).replace(" ", "-")
 
 
@@ -70,6 +73,7 @@ def all_variants() -> list[Variant]:
         *tuned(other_masses),
         *tuned(of("ViCA", RECIPES["ViCA"])),  # made for it
         *tuned(of("downsampling", BUDGETS)),
+        *(replace(one, tuned=True, taught=True) for one in of("search", (12, 4), *MASSES)),
     ]
 
 

@@ -45,6 +45,9 @@ def run(arguments: Sequence[str]) -> int:
         raise BadInput(str(error)) from error
     if plan is not None:
         _ask_for(plan)
+    script = import_module("yopo.training.llava_script")
+    if script.is_llava_training(target):
+        script.accommodate()
     sys.argv = words
     if as_module:
         if not _module_exists(target):

@@ -59,14 +59,28 @@ def distillation_loss(
             f"{tuple(labels.shape)}: take inputs whose labels have a place for each token"
         )
     answered = labels[:, 1:] != IGNORED
-    mine, theirs = (each[:, :-1][answered].float() for each in (logits, taught))
-    q, p = ((each / temperature).log_softmax(-1) for each in (mine, theirs))
-    count = answered.sum().clamp(min=1) if num_items is None else num_items
-    loss = weight * temperature**2 * (p.exp() * (p - q)).sum() / count
-    if weight < 1:
-        entropy = F.cross_entropy(mine, labels[:, 1:][answered], reduction="sum")
-        loss = loss + (1 - weight) * entropy / count
+    loss = divergence(
+        logits[:, :-1][answered],
+        taught[:, :-1][answered],
+        labels[:, 1:][answered],
+        temperature=temperature,
+        weight=weight,
+    )
+    loss = loss / (answered.sum().clamp(min=1) if num_items is None else num_items)
     return loss, outputs
+
+
+def divergence(
+    logits: Tensor, taught: Tensor, labels: Tensor, *, temperature: float, weight: float
+) -> Tensor:
+    """The sum over tokens of what `distillation_loss` is the mean of: logits and the teacher's
+    (T, V), labels (T,)."""
+    mine, theirs = logits.float(), taught.float()
+    q, p = ((each / temperature).log_softmax(-1) for each in (mine, theirs))
+    loss = weight * temperature**2 * (p.exp() * (p - q)).sum()
+    if weight < 1:
+        loss = loss + (1 - weight) * F.cross_entropy(mine, labels, reduction="sum")
+    return loss
 
 
 _OF_ANSWERING = ("past_key_values", "logits_to_keep", "num_logits_to_keep")
