@@ -143,9 +143,27 @@ def autocast_dtype(kind: str) -> torch.dtype | None:
 
 def is_transformed(tensor: Tensor) -> bool:
     """Whether it stands for several, under torch.func or is_grads_batched, which cannot write into
-    a part of one. torch has no public function that says so."""
+    a part of one. torch has no public function that says so, and of the latter none before 2.2:
+    there it raises."""
     known = torch._C._functorch
-    return known.is_functorch_wrapped_tensor(tensor) or known.is_legacy_batchedtensor(tensor)
+    legacy = getattr(known, "is_legacy_batchedtensor", known.is_batchedtensor)
+    return known.is_functorch_wrapped_tensor(tensor) or legacy(tensor)
+
+
+def _is_any_module_hooked() -> bool:
+    known = nn.modules.module
+    return bool(
+        known._global_forward_hooks
+        or known._global_forward_pre_hooks
+        or known._global_backward_hooks
+        or known._global_backward_pre_hooks
+    )
+
+
+# Whether there are hooks on all modules; before 2.2 torch had no function for it.
+is_any_module_hooked: Callable[[], bool] = getattr(
+    nn.modules.module, "_has_any_global_hook", _is_any_module_hooked
+)
 
 
 # ---------------------------------------------------------------------- rotary position angles

@@ -170,6 +170,9 @@ def test_transforms_of_functions_go_through(kind: str) -> None:
 
 
 @every_kind
+@pytest.mark.skipif(
+    not hasattr(torch._C._functorch, "is_legacy_batchedtensor"), reason="torch before 2.2"
+)
 def test_gradients_of_several_losses_at_once(kind: str) -> None:
     ours, plain, given = inputs(kind)
     found, expected = (

@@ -16,7 +16,6 @@ from typing import Any, Protocol, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
 
 from yopo.engine.layer_plan import LayerPlan
 from yopo.engine.part_products import (
@@ -25,7 +24,7 @@ from yopo.engine.part_products import (
     to_first_and_rest,
     to_heads_kept,
 )
-from yopo.versions import is_compiling
+from yopo.versions import is_any_module_hooked, is_compiling
 
 # Where activations are made that take values one by one, and those that do not.
 _ACTIVATIONS = {"torch.nn.modules.activation", "transformers.activations"}
@@ -97,7 +96,7 @@ Linear = nn.Linear | Rows | Called
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody looks on when `module` is called: hooks, or a forward of its own."""
     attributes = vars(module)
-    if "forward" in attributes or _has_any_global_hook():
+    if "forward" in attributes or is_any_module_hooked():
         return True
     return any(attributes.get(name) for name in HOOKS)
 

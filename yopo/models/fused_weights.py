@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
 
 from yopo.engine.forward import OBSERVER
 from yopo.engine.fused import FusedLayer, Product, RMSNorm
@@ -32,7 +31,7 @@ from yopo.engine.weights import HOOKS, activation, is_elementwise, is_plain, is_
 from yopo.models.exchange import original_of
 from yopo.models.layers import PrunedLayer
 from yopo.plan.config_fields import head_sizes
-from yopo.versions import has_rms_norm
+from yopo.versions import has_rms_norm, is_any_module_hooked
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NORMS, _EPS = ("input_layernorm", "post_attention_layernorm"), "variance_epsilon"
@@ -70,7 +69,7 @@ def forget(decoder: Any) -> list[tuple[nn.Parameter, int]]:
 def fused_layers(decoder: Any, rows: Tensor) -> list[FusedLayer | None] | None:
     """Each layer's weights for a pass over `rows`; None in place of those, or of all, that are to
     be read live."""
-    if not decoder.yopo_fused or torch.is_grad_enabled() or _has_any_global_hook():
+    if not decoder.yopo_fused or torch.is_grad_enabled() or is_any_module_hooked():
         return None
     if OBSERVER.get() is not None:  # who looks on may have hooks on modules, which are not called
         return None
