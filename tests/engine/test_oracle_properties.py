@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from layouts import Case, Shape, build, cases, make_case, needs_float16, plans, 
 from oracle import oracle_forward
 from torch import Tensor
 
+from yopo.engine import text_attention
 from yopo.engine.layout import VisualLayout
 from yopo.models.told import call
 from yopo.plan.pruning_plan import PruningPlan
@@ -49,6 +52,37 @@ def test_prefill_is_the_oracles(data: st.DataObject) -> None:
     shape = data.draw(shapes())
     plan = data.draw(plans(shape))
     run_both(shape, plan, data.draw(cases(shape.heads * 8)))
+
+
+@given(data=st.data())
+@settings(max_examples=200)
+def test_prefill_of_long_texts_is_the_oracles(data: st.DataObject) -> None:
+    """They see by `InTurn`, as any text here does that is no shorter than the rest."""
+    with patch.object(text_attention, "LONG", 1):
+        test_prefill_is_the_oracles.hypothesis.inner_test(data)
+
+
+def test_long_texts_hold_no_mask() -> None:
+    shape = Shape()
+    plan = PruningPlan(torch.eye(shape.layers, shape.heads).bool(), layer_cut=1, window=3)
+    model = build(shape, plan)
+    case = make_case([[("text", 2), ("image", 2, 3, False), ("text", 9)]] * 2, shape.heads * 8)
+    held: list[tuple[int, ...]] = []
+
+    def pack(each: Tensor) -> Tensor:
+        held.append(tuple(each.shape[-2:]))
+        return each
+
+    def hold() -> None:
+        held.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda each: each):
+            model(**case.kwargs(), use_cache=False)
+
+    hold()
+    assert (11, 17) in held  # text queries, and all that they may see
+    with patch.object(text_attention, "LONG", 11):
+        hold()
+    assert not {(11, 17), (17, 17), (11, 11)} & set(held)
 
 
 CORNERS = {

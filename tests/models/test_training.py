@@ -12,6 +12,7 @@ from oracle import oracle_forward, oracle_loss
 from torch import Tensor, nn
 
 from yopo import apply
+from yopo.engine import text_attention
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import DynamicCache
 
@@ -94,6 +95,18 @@ def test_gradients_of_other_plans(mass: str) -> None:
         "none kept": PruningPlan(torch.zeros(3, 4), window=5, head_mass="drop"),
     }[mass]
     case, labels = a_case()
+    model = build(SHAPE, plan).train()
+    near(engine_gradients(model, case, labels), oracle_gradients(model, plan, case, labels))
+
+
+@pytest.mark.parametrize("masses", [*MASS, ("sink", "sink")], ids="/".join)
+def test_gradients_of_long_texts(masses: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_attention, "LONG", 1)
+    sinks = random_sinks(SHAPE, 3, True) if "sink" in masses else None
+    plan = a_plan(*masses, sinks=sinks)
+    case = make_case(ROWS, SHAPE.heads * 8)
+    labels = torch.randint(VOCAB, case.shape, generator=torch.Generator().manual_seed(5))
+    labels = labels.masked_fill(case.visual | ~case.valid, -100)
     model = build(SHAPE, plan).train()
     near(engine_gradients(model, case, labels), oracle_gradients(model, plan, case, labels))
 

@@ -166,11 +166,67 @@ def heads(x: Tensor, index: Tensor | None) -> Tensor:
     return x if index is None else x.index_select(1, index)
 
 
+LONG = 512  # text queries in a row, from which on they see by `InTurn`
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """Visual and text slots in the order of the sequence, in which a query sees what comes up to
+    it: no mask is needed, nor held for the backward, and SDPA may take its fastest kernels.
+
+    slots: (B, V + T) of the visual, then text slots, empty ones last. places: (B, W) of each text
+    query among them.
+    """
+
+    slots: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, text: Packing, cache: VisualCache, order: Tensor, alive: Tensor) -> InTurn | None:
+        """order, alive: (B, V + T), the place of each slot, and whether a token is there that may
+        be seen. None where masks are better: short texts, and few in long sequences, whose masks
+        are small; where earlier tokens are cached, or padding is among the tokens."""
+        if text.width < LONG or 2 * text.width < order.shape[1]:
+            return None
+        filled = text.order >= 0
+        as_they_lie = bool((filled[:, 1:] <= filled[:, :-1]).all())
+        if not as_they_lie or not torch.equal(text.order, cache.text_order):
+            return None
+        if not torch.equal(alive, order >= 0):
+            return None
+        slots = order.masked_fill(~alive, torch.iinfo(order.dtype).max).argsort(dim=1, stable=True)
+        return cls(slots, slots.argsort(dim=1)[:, cache.visual_slots :])
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
+        """Text queries q (B, H, W, D), k and v (B, H, V + T, D) → (B, H, W, D). Between them are
+        queries of nothing in visual tokens' places, of which there are no more than text's."""
+        valueless = k.shape[2] - v.shape[2]
+        if valueless:
+            v = F.pad(v, (0, 0, valueless, 0))
+        k, v = _at(k, self.slots), _at(v, self.slots)
+        every = q.new_zeros(*q.shape[:2], *k.shape[2:])
+        every = every.scatter(2, _expanded(self.places, q), q)
+        out = F.scaled_dot_product_attention(
+            every, k, v, dropout_p=dropout, is_causal=True, scale=scale
+        )
+        return _at(out, self.places)
+
+
+def _expanded(places: Tensor, x: Tensor) -> Tensor:
+    return places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+
+
+def _at(x: Tensor, places: Tensor) -> Tensor:
+    """x (B, H, S, D), places (B, n) → (B, H, n, D)."""
+    return x.gather(2, _expanded(places, x))
+
+
 @dataclass(frozen=True)
 class TextSight:
     """What each text query of this forward sees.
 
-    every: (B, 1, W, V + T) over visual then text slots, bool or `additive`; None: everything.
+    every: (B, 1, W, V + T) over visual then text slots, bool or `additive`; None: everything, or
+        what `in_turn` says.
     text: (B, 1, W, T) likewise over the text slots; None: everything, or with `causal` those up to
         its own.
     sink_shift: (B, 1, W, 1) float32, what is added to the sinks' logits: log of how many visual
@@ -182,6 +238,7 @@ class TextSight:
     text: Tensor | None
     causal: bool
     sink_shift: Tensor | None
+    in_turn: InTurn | None = None
 
     @classmethod
     def build(
@@ -199,13 +256,16 @@ class TextSight:
         n_visual = cache.visual_slots
         order = torch.cat([cache.visual_order, cache.text_order], dim=1)  # (B, V + T)
         alive = (order >= 0) & valid.gather(1, order.clamp(min=0))
+        in_turn = InTurn.of(text, cache, order, alive)
+        if in_turn is not None:
+            before = (in_turn.places - torch.arange(text.width))[:, None, :, None].float()
+            shift = None if sinks is None else _shift(sinks, before)
+            return cls(None, None, True, shift, in_turn)
         mine = text.order[:, :, None]
         every = alive[:, None, :] & (order[:, None, :] <= mine)  # (B, W, V + T)
         shift = None
         if sinks is not None:
-            before = every[:, None, :, :n_visual].sum(-1, keepdim=True).float()
-            share = before.clamp(max=1) if sinks.tokens is None else before / sinks.tokens
-            shift = share.log().clamp(min=NO_SINK)
+            shift = _shift(sinks, every[:, None, :, :n_visual].sum(-1, keepdim=True).float())
         # Empty query slots see all: their output is dropped, but must not be NaN.
         every = (every | (mine < 0))[:, None]
         text_only = every[..., n_visual:]
@@ -219,6 +279,12 @@ class TextSight:
             causal,
             shift,
         )
+
+
+def _shift(sinks: Sinks, before: Tensor) -> Tensor:
+    """What is added to the sinks' logits of queries behind `before` visual tokens."""
+    share = before.clamp(max=1) if sinks.tokens is None else before / sinks.tokens
+    return share.log().clamp(min=NO_SINK)
 
 
 def shift_behind(sinks: Sinks, visual: int) -> float:
@@ -247,4 +313,6 @@ def text_attention(
         if sight is Sight.MASS:
             v = store.text_values
     k, v = heads(k, kv_index), heads(v, kv_index)
+    if sight.reads_keys and masks.in_turn is not None:
+        return masks.in_turn.attend(q, k, v, scale, dropout)
     return attend(q, k, v, mask, scale, dropout, causal, sink)
