@@ -1,4 +1,4 @@
-"""Stages 2, 3 and 5: the projector and the language model, on the frozen tower's features."""
+"""Stages 2 and 3: the projector and the language model, on the frozen tower's features."""
 
 import os
 import time
@@ -56,20 +56,10 @@ class TinyLlava(nn.Module):
         before = words(self.system).expand(len(ids), -1, -1)
         return torch.cat([before, self.projector(patches), words(ids)], dim=1)
 
-    def forward(
-        self, patches: torch.Tensor, ids: torch.Tensor, visual_mask: bool = False
-    ) -> torch.Tensor:
-        """Logits at the (batch, n) ids. Padding is on the right: nothing learned attends to it.
-
-        `visual_mask`: tell the language model where the image is (for yopo's pruned one).
-        """
+    def forward(self, patches: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Logits at the (batch, n) ids. Padding is on the right: nothing learned attends to it."""
         rows = self.embed(patches, ids)
-        extra = {}
-        if visual_mask:
-            place = torch.arange(rows.shape[1]) - len(self.system)
-            extra["visual_mask"] = ((place >= 0) & (place < patches.shape[1])).expand(len(ids), -1)
-        out = self.llama(inputs_embeds=rows, use_cache=False, logits_to_keep=ids.shape[1], **extra)
-        return out.logits
+        return self.llama(inputs_embeds=rows, use_cache=False, logits_to_keep=ids.shape[1]).logits
 
     def llava_weights(self) -> dict[str, torch.Tensor]:
         """All tensors under the names of a LLaVA checkpoint."""
@@ -128,7 +118,7 @@ def _batches(
 
 @torch.no_grad()
 def quick_accuracy(
-    model: TinyLlava, stored: torch.Tensor, split: Split, prompts: Prompts, side: int, **extra: bool
+    model: TinyLlava, stored: torch.Tensor, split: Split, prompts: Prompts, side: int
 ) -> float:
     """Percent of right first words on a question about each of the first 300 images."""
     generator = torch.Generator().manual_seed(3)
@@ -139,7 +129,7 @@ def quick_accuracy(
             chosen.append(turns[int(torch.randint(len(turns), (), generator=generator))])
         ids = [torch.tensor(prompts.question(question)) for question, _ in chosen]
         padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)
-        logits = model(pool(stored[0, start : start + 20].float(), side), padded, **extra)
+        logits = model(pool(stored[0, start : start + 20].float(), side), padded)
         last = logits[torch.arange(20), torch.tensor([len(row) - 1 for row in ids])]
         truth = torch.tensor([prompts.answer(answer)[0] for _, answer in chosen])
         right += (last.argmax(-1) == truth).sum().item()
@@ -158,11 +148,10 @@ def train_language(
     batch: int,
     rate: float,
     negations: bool = True,
-    **extra: bool,
 ) -> None:
     """Trains `model` on images of side x side tokens and leaves work/NAME.pt.
 
-    Goes on from work/NAME.partial.pt if that is there. `extra` goes to the model's forward.
+    Goes on from work/NAME.partial.pt if that is there.
     """
     train, stored, test, test_stored = data
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -182,7 +171,7 @@ def train_language(
     def learn(part: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Loss and gradients of a part of a batch."""
         patches, ids, targets = part
-        logits = model(pool(patches, side), ids, **extra)[:, :-1]
+        logits = model(pool(patches, side), ids)[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten())
         return loss.detach(), torch.autograd.grad(loss, parameters)
 
@@ -202,7 +191,7 @@ def train_language(
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if (step + 1) % 50 == 0 or step + 1 == steps:
-            share = quick_accuracy(model, test_stored, test, prompts, side, **extra)
+            share = quick_accuracy(model, test_stored, test, prompts, side)
             bar.write(f"{name} step {step + 1}: {share:.1f} % of 300 test questions")
             state = {"step": step + 1, "model": model.state_dict()}
             state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}

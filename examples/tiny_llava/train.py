@@ -5,7 +5,9 @@ from where they were stopped. Delete work/ to start afresh.
 """
 
 import argparse
+import json
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -16,8 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for yopo where i
 
 import torch
 from checkpoint import CHECKPOINTS, CLIP_FOLDER, HERE, write_clip, write_text_files, write_weights
+from conversations import conversations
 from data import PATCHES_PER_SIDE, Split, load_split
 from language import TinyLlava, compute_features, train_language
+from safetensors.torch import load_file
 from text import VOCABULARY, Prompts, train_tokenizer
 from tower import train_tower
 from tqdm import trange
@@ -30,6 +34,25 @@ LAYER_CUT, WINDOW, FFN_RATIO = 3, 5, 2
 KEPT_HEADS = 0.5  # of all, the first two layers' (which the released rule always keeps) included
 SAMPLES = 100  # for the head mask, as released
 SINK_SAMPLES = 200
+ROOT = HERE.parents[1]
+TUNED = {  # arguments of LLaVA's train.py
+    "version": "v1",
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+    "mm_use_im_patch_token": False,
+    "image_aspect_ratio": "pad",
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 1e-4,
+    "warmup_steps": 5,
+    "lr_scheduler_type": "cosine",
+    "model_max_length": 1024,
+    "lazy_preprocess": True,
+    "logging_steps": 5,
+    "save_steps": 50,
+    "report_to": "none",
+    "use_cpu": True,
+}
 
 
 @torch.no_grad()
@@ -60,6 +83,26 @@ def head_ratios(
         ratios.append(visual_ratio((layer[0] for layer in attentions), visual))
     model.llama.set_attn_implementation("sdpa")
     return torch.stack(ratios)
+
+
+def fine_tuned(plan: PruningPlan, work: Path, steps: int) -> dict[str, torch.Tensor]:
+    """The dense checkpoint's tensors, by TinyLlava's names, after as many steps of LLaVA's train.py
+    under the plan."""
+    out, data = work / "tiny-llava-v1-tuned", work / "conversations.json"
+    if not (out / "model.safetensors").exists():
+        plan.save(work / "plan.json")
+        data.write_text(json.dumps(conversations(steps * TUNED["per_device_train_batch_size"])))
+        folders = {"model_name_or_path": CHECKPOINTS["dense"], "vision_tower": CLIP_FOLDER}
+        given = {name: path.relative_to(ROOT) for name, path in folders.items()}
+        given |= {"data_path": data.resolve(), "image_folder": "/", "output_dir": out.resolve()}
+        words = [str(word) for pair in (given | TUNED).items() for word in pair]
+        words[::2] = [f"--{name}" for name in words[::2]]
+        plan_file = str((work / "plan.json").resolve())
+        command = [sys.executable, "-m", "yopo", "run", "--plan", plan_file]
+        subprocess.run([*command, "-m", "llava.train.train", *words], cwd=ROOT, check=True)
+    tensors = load_file(out / "model.safetensors")
+    named = {n.replace("model.mm_projector.", "projector."): t for n, t in tensors.items()}
+    return {n if n.startswith("projector.") else f"llama.{n}": t for n, t in named.items()}
 
 
 def main() -> None:
@@ -120,7 +163,7 @@ def main() -> None:
     keep = released_head_keep(ratios, alpha)
     print(f"alpha {alpha:.4f} keeps {keep.sum()} of {keep.numel()} heads: {keep.sum(1).tolist()}")
 
-    # 5. The model learns to do with what the plan leaves.
+    # 5. The model learns to do with what the plan leaves: LLaVA's own training script.
     plan = PruningPlan(
         head_keep=keep,
         window=WINDOW,
@@ -129,8 +172,8 @@ def main() -> None:
         head_mass="exact",
         cut_mass="exact",
     )
+    model.load_state_dict(fine_tuned(plan, work, share(100)), strict=False)
     apply(model.llama, plan)
-    learn("pruned", side=PATCHES_PER_SIDE, steps=share(100), batch=16, rate=5e-4, visual_mask=True)
 
     # 6. What it has learnt under exact mass, at what drop costs.
     samples = asked(model, stored, train, prompts, range(SINK_SAMPLES))
