@@ -197,17 +197,18 @@ class Study:
     def _searched(self, budget: int) -> PruningPlan:
         """Begins from what there is without a search, and from what was found for more FLOPs."""
         path = self.work / f"search-{budget}.json"
-        reader = self.reader()
-        _, measured = plans.reorder(reader.llama, self.statistics)
-        start = [self._recipe(rule, budget) for rule in variants.RECIPES]
-        if budget in variants.BY_HAND:
-            start.insert(0, variants.plan_by_hand(budget, self.statistics.ratios))
-        if budget in variants.FURTHER:
-            start.append(self._searched(variants.FURTHER[budget]))
-        given = [plan for plan in start if plan is not None]
-        plan = plans.searched(reader, measured, self.held_out, budget, given, path)
+        if not path.exists():
+            reader = self.reader()
+            _, measured = plans.reorder(reader.llama, self.statistics)
+            start = [self._recipe(rule, budget) for rule in variants.RECIPES]
+            if budget in variants.BY_HAND:
+                start.insert(0, variants.plan_by_hand(budget, self.statistics.ratios))
+            if budget in variants.FURTHER:
+                start.append(self._searched(variants.FURTHER[budget]))
+            given = [plan for plan in start if plan is not None]
+            plans.searched(reader, measured, self.held_out, budget, given, path)
         shutil.copy(path, self.results)
-        return plan
+        return PruningPlan.load(path)
 
     def tune(self, reader: Reader, variant: Variant) -> None:
         """All fine-tunes are equal but for the plan and who teaches: steps, rate, and the questions
