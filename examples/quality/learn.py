@@ -18,7 +18,6 @@ from pictures import SHOWN, Task, draw_turns, tokens
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
-from yopo import unpruned
 from yopo.training.distillation import divergence
 
 WORKERS = 2  # parts of a batch at a time: operations are too small to share one among cores
@@ -198,11 +197,11 @@ def train_reader(
     seed: int,
     warm: float = 0.05,
     readings: float = 0.0,
-    taught: bool = False,
+    teacher: Reader | None = None,
 ) -> None:
     """Trains the model as it stands (dense or under a plan) on all tasks alike; leaves `path`.
 
-    taught: not by the answers, but by what the model says to them without its plan.
+    teacher: who says what is right, in place of the answers.
     readings: for this share of the steps it also reads READINGS lines of digits off each picture.
     """
     if path.exists():
@@ -219,15 +218,14 @@ def train_reader(
         asked = targets >= 0
         with products():
             logits = model(seen.float(), ids).float()
-            if taught:
-                with torch.no_grad(), unpruned():
-                    dense = model(seen.float(), ids)[asked]
+            with torch.no_grad():
+                told = None if teacher is None else teacher(seen.float(), ids)[asked]
         right = logits.argmax(-1) == targets
-        if taught:
-            loss = divergence(logits[asked], dense, targets[asked], temperature=1.0, weight=1.0)
-            loss = loss / asked.sum()
-        else:
+        if told is None:
             loss = F.cross_entropy(logits[asked], targets[asked])
+        else:
+            loss = divergence(logits[asked], told, targets[asked], temperature=1.0, weight=1.0)
+            loss = loss / asked.sum()
         # bfloat16 weights' own gradients are cast back by autocast.
         return loss.detach(), right, torch.autograd.grad(loss, course.parameters)
 

@@ -91,7 +91,7 @@ def table(made: list[Row]) -> str:
 
     for one in sorted({kind(row) for row in made}):
         cells = {row["budget"]: cell(row) for row in made if kind(row) == one}
-        rule, tuned, mass = RULES[one[0]], ("no", "yes", "by itself")[one[1]], one[2] or "–"
+        rule, tuned, mass = RULES[one[0]], ("no", "yes", "distilled")[one[1]], one[2] or "–"
         if rule == "dense":
             cells = {budgets[0]: cells[100]} if budgets else {}
         told = " | ".join(cells.get(budget, "") for budget in budgets)

@@ -223,7 +223,7 @@ class Study:
             BATCH,
             TUNED_RATE,
             seed=99,
-            taught=variant.taught,
+            teacher=self.reader() if variant.taught else None,
         )
 
     # -- measuring -----------------------------------------------------------------------------

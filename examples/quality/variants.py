@@ -35,7 +35,7 @@ RIVALS = {
 class Variant:
     """rule: who chose what is pruned: "hand" (released head rule), "search", one of RECIPES or
     RIVALS, or "dense". mass: of hand-made and searched plans. tuned: fine-tuned under the plan.
-    taught: not by right answers then, but by the model's own without the plan (distillation)."""
+    taught: by the dense reader then, not by right answers (distillation)."""
 
     rule: str
     budget: int = 100
