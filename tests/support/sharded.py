@@ -24,6 +24,9 @@ PICTURE = [("text", 3), ("image", 0), ("text", 4)]
 BATCHES = {
     "both": ([PICTURE, [("text", 6)]], [[("image", 0), ("text", 2), ("image", 0), ("text", 5)]]),
     "first only": ([PICTURE, [("text", 6)]], [[("text", 9)], [("text", 5)], [("text", 7)]]),
+    "second only": ([[("text", 4)]], [PICTURE, [*PICTURE, *PICTURE], [("text", 6)]]),
+    "none": ([[("text", 6)], [("text", 3)]], [[("text", 9)]]),
+    "lengths": ([[*PICTURE, ("text", 30)]], [[("image", 0), ("text", 2)]]),
 }
 
 
@@ -57,7 +60,8 @@ class Setting:
     def plan(self) -> PruningPlan:
         changes: dict[str, Any] = dict(head_mass=self.masses[0], cut_mass=self.masses[1])
         if "sink" in self.masses:
-            changes["sinks"] = some_sinks(KINDS[self.kind])
+            # Of the same sizes as this Llama's.
+            changes["sinks"] = some_sinks(KINDS.get(self.kind, KINDS["llava-llama"]))
         plan = a_plan(**changes)
         if not self.lopsided:
             return plan
@@ -81,7 +85,7 @@ class Setting:
     def frozen(self, model: Any) -> Any:
         """With the tower frozen, as LLaVA trains; where one process sees no image the projector,
         too: torch waits for gradients that are not there, pruned or not."""
-        names = ["vision_tower"] + ["projector"] * (self.images == "first only")
+        names = ["vision_tower"] + ["projector"] * (self.images not in ("both", "lengths"))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not any(part in name for part in names))
         return model

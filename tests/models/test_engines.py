@@ -1,0 +1,125 @@
+"""Several steps of training, a checkpoint, and going on from one, by each engine in two processes:
+as in one process with a whole model. What is shown differs from process to process, and from step
+to step. A hang fails by gloo's own patience (process_pair.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from engines import (
+    Course,
+    loaded,
+    resumed,
+    saved,
+    saved_by_tensor_parallelism,
+    trained,
+    trained_alone,
+)
+from packaging.version import Version
+from process_pair import COUNT, Processes
+from random_families import KINDS
+from sharded import Setting
+
+TOLERANCE = 1e-5
+DROP, SINK = ("drop", "drop"), ("sink", "sink")
+
+pytestmark = pytest.mark.skipif(
+    not KINDS["llava-llama"].exists, reason="this transformers is older than the families' support"
+)
+ENGINES = ["ddp", "fsdp", "zero-1", "zero-2", "zero-3"]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    made = Processes(tmp_path_factory.mktemp("engines"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def zero_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """Of their own: what DeepSpeed sets up lasts as long as the process."""
+    made = Processes(tmp_path_factory.mktemp("zero"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def pair(engine: str, request: pytest.FixtureRequest) -> Processes:
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+        return request.getfixturevalue("zero_processes")
+    if engine == "fsdp" and Version(torch.__version__).release < (2, 6):
+        pytest.skip("fully_shard is new in torch 2.6")
+    return request.getfixturevalue("processes")
+
+
+@pytest.mark.parametrize("shown", ["both", "changing"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(),
+        Setting(masses=DROP, checkpointing=True, apply="after"),
+        Setting(masses=SINK),
+        Setting(masses=DROP, lopsided=True, checkpointing=True),
+    ],
+    ids=["exact", "drop, checkpointing, apply after", "sink", "lopsided, checkpointing"],
+)
+def test_training_is_one_process_s(
+    engine: str, shown: str, setting: Setting, pair: Processes
+) -> None:
+    if engine == "zero-3" and shown == "changing":
+        # The tower would be gathered for by one process only, pruned or not.
+        setting = replace(setting, kind="llama")
+    course = Course(engine, shown, setting)
+    for ours, theirs in zip(pair.run(trained, course), trained_alone(course), strict=True):
+        assert ours.losses == pytest.approx(theirs.losses, abs=TOLERANCE)
+        assert ours.weights.keys() == theirs.weights.keys()
+        for name, weight in ours.weights.items():
+            assert (weight - theirs.weights[name]).abs().max() < TOLERANCE, name
+
+
+@pytest.mark.parametrize("masses", [SINK, DROP], ids=["sink", "drop"])
+@pytest.mark.parametrize("apply", ["before", "after"])
+def test_what_is_saved_is_loaded_with_its_plan(
+    engine: str, masses: tuple[str, str], apply: str, pair: Processes, tmp_path: Path
+) -> None:
+    course = Course(engine, setting=Setting(masses=masses, apply=apply))
+    found = pair.run(saved, course, str(tmp_path))
+    for rank in range(COUNT):
+        assert (found[rank] - loaded(course, str(tmp_path), rank)).abs().max() < TOLERANCE
+
+
+def test_training_goes_on_where_it_was_stopped(
+    engine: str, pair: Processes, tmp_path: Path
+) -> None:
+    course = Course(engine, setting=Setting(masses=SINK))
+    for on, again in pair.run(resumed, course, str(tmp_path)):
+        assert again == pytest.approx(on, abs=1e-6)
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("4.57"), reason="not tried with older transformers"
+)
+@pytest.mark.parametrize("lopsided", [False, True])
+def test_what_is_saved_under_tensor_parallelism_is_loaded_with_its_plan(
+    lopsided: bool, processes: Processes, tmp_path: Path
+) -> None:
+    setting = Setting(masses=SINK, lopsided=lopsided)
+    dense, folder = str(tmp_path / "dense"), str(tmp_path / "pruned")
+    setting.model().save_pretrained(dense)
+    given = {"tp_plan": "auto"}
+    found = processes.run(saved_by_tensor_parallelism, setting, dense, folder, given)
+    right = loaded(Course("", setting=setting), folder, 0)
+    for rank in range(COUNT):
+        assert (found[rank] - right).abs().max() < TOLERANCE
