@@ -37,11 +37,12 @@ from yopo.models.ready import (
     taken,
 )
 from yopo.models.told import CALL
+from yopo.models.zero_leaves import ZeroLeaves
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import is_compiling, tells_tracing, uncompiled
 
 
-class PrunedDecoder(Exchanged):
+class PrunedDecoder(ZeroLeaves, Exchanged):
     """A decoder whose forward follows `yopo_plan`."""
 
     yopo_plan: PruningPlan | None = None
