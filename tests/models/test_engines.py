@@ -4,16 +4,22 @@ to step. A hang fails by gloo's own patience (process_pair.py)."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import trainer_script
 import transformers
 from engines import (
     Course,
     loaded,
+    logits_of,
     resumed,
     saved,
     saved_by_tensor_parallelism,
@@ -24,6 +30,8 @@ from packaging.version import Version
 from process_pair import COUNT, Processes
 from random_families import KINDS
 from sharded import Setting
+
+import yopo
 
 TOLERANCE = 1e-5
 DROP, SINK = ("drop", "drop"), ("sink", "sink")
@@ -97,7 +105,8 @@ def test_what_is_saved_is_loaded_with_its_plan(
     course = Course(engine, setting=Setting(masses=masses, apply=apply))
     found = pair.run(saved, course, str(tmp_path))
     for rank in range(COUNT):
-        assert (found[rank] - loaded(course, str(tmp_path), rank)).abs().max() < TOLERANCE
+        right = logits_of(loaded(course, str(tmp_path)), course.steps(rank)[-1])
+        assert (found[rank] - right).abs().max() < TOLERANCE
 
 
 def test_training_goes_on_where_it_was_stopped(
@@ -120,6 +129,46 @@ def test_what_is_saved_under_tensor_parallelism_is_loaded_with_its_plan(
     setting.model().save_pretrained(dense)
     given = {"tp_plan": "auto"}
     found = processes.run(saved_by_tensor_parallelism, setting, dense, folder, given)
-    right = loaded(Course("", setting=setting), folder, 0)
+    right = logits_of(loaded(Course("", setting=setting), folder), setting.seen(0))
     for rank in range(COUNT):
         assert (found[rank] - right).abs().max() < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3], ids=["ddp", "zero-2", "zero-3"])
+def test_a_script_with_transformers_trainer(stage: int, one_process: Path, tmp_path: Path) -> None:
+    """Which prepares by accelerate; ZeRO-3 has weights in parts as they are loaded, with a plan."""
+    if stage:
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={COUNT}"]
+    run_script(launch, one_process / "pruned", tmp_path, stage)
+    folders = tmp_path, one_process
+    ours, theirs = (json.loads((path / "losses.json").read_text()) for path in folders)
+    assert ours == pytest.approx(theirs, abs=TOLERANCE)
+    # Loaded, not read: under ZeRO-3 transformers saves other names, which it reads again.
+    course = Course("", setting=Setting(masses=SINK))
+    weights, right = (dict(loaded(course, str(path)).named_parameters()) for path in folders)
+    assert weights.keys() == right.keys()
+    for name, weight in weights.items():
+        assert (weight - right[name]).abs().max() < TOLERANCE, name
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a plan in "pruned", and what the script makes of it in one process."""
+    folder, setting = tmp_path_factory.mktemp("trainer"), Setting(masses=SINK)
+    yopo.apply(setting.model(), setting.plan).save_pretrained(folder / "pruned")
+    run_script([], folder / "pruned", folder, 0)
+    return folder
+
+
+def run_script(launch: list[str], checkpoint: Path, output: Path, stage: int) -> None:
+    script = Path(trainer_script.__file__)
+    paths = os.pathsep.join(map(str, (script.parents[2], script.parent)))
+    done = subprocess.run(
+        [sys.executable, *launch, script, checkpoint, output, str(stage)],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class Course:
 
     engine: str
     shown: str = "both"
-    setting: Setting = Setting()
+    setting: Setting = field(default_factory=Setting)
 
     def steps(self, rank: int) -> list[Seen]:
         names = COURSES[self.shown]
@@ -244,12 +244,12 @@ def saved(rank: int, course: Course, folder: str) -> Tensor:
         return logits
 
 
-def loaded(course: Course, folder: str, rank: int) -> Tensor:
-    """The same logits by the model in the folder, in one process."""
+def loaded(course: Course, folder: str) -> Any:
+    """The model in the folder, which has the plan, in one process."""
     with patched():
         model = type(course.setting.model()).from_pretrained(folder).eval()
-    assert model.config.yopo and yopo.plan_of(model) == course.setting.plan
-    return logits_of(model, course.steps(rank)[-1])
+    assert yopo.plan_of(model) == course.setting.plan
+    return model
 
 
 def resumed(rank: int, course: Course, folder: str) -> tuple[list[float], list[float]]:
