@@ -18,6 +18,7 @@ import trainer_script
 import transformers
 from engines import (
     Course,
+    leaves,
     loaded,
     logits_of,
     resumed,
@@ -89,12 +90,51 @@ def test_training_is_one_process_s(
     if engine == "zero-3" and shown == "changing":
         # The tower would be gathered for by one process only, pruned or not.
         setting = replace(setting, kind="llama")
-    course = Course(engine, shown, setting)
+    check(pair, Course(engine, shown, setting))
+
+
+def check(pair: Processes, course: Course) -> None:
     for ours, theirs in zip(pair.run(trained, course), trained_alone(course), strict=True):
         assert ours.losses == pytest.approx(theirs.losses, abs=TOLERANCE)
         assert ours.weights.keys() == theirs.weights.keys()
         for name, weight in ours.weights.items():
             assert (weight - theirs.weights[name]).abs().max() < TOLERANCE, name
+
+
+FROZEN = {
+    "embeddings": ("embed_tokens",),
+    "and a layer": ("embed_tokens", "layers.0."),
+    "all but the projector": ("embed_tokens", "language_model", "lm_head"),
+}
+
+
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_of_parts_is_one_process_s(
+    engine: str, frozen: tuple[str, ...], checkpointing: bool, pair: Processes
+) -> None:
+    setting = Setting(masses=DROP, checkpointing=checkpointing)
+    check(pair, Course(engine, setting=setting, frozen=frozen))
+
+
+# The first layer's input may need no gradient; then DeepSpeed would reduce a leaf's too early.
+LEAVES = [
+    (Course("zero-3"), (), [False, True, True]),
+    (Course("zero-3"), (1,), [False, False, True]),
+    (Course("zero-3", frozen=FROZEN["and a layer"]), (), [True, False, True]),
+    (Course("zero-3", frozen=FROZEN["all but the projector"]), (), [True, True, True]),
+    (Course("zero-3", "changing", Setting("llama", masses=DROP)), (), [False, True, True]),
+]
+
+
+@pytest.mark.parametrize("case", LEAVES, ids=str)
+def test_layers_are_leaf_modules_under_zero_3_unless_unset(
+    case: tuple[Course, tuple[int, ...], list[bool]], zero_processes: Processes
+) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    course, unset, expected = case
+    hooked = 7 * expected.count(False)
+    assert zero_processes.run(leaves, course, unset) == [(expected, hooked)] * COUNT
 
 
 @pytest.mark.parametrize("masses", [SINK, DROP], ids=["sink", "drop"])

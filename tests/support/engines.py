@@ -27,11 +27,13 @@ COURSES = {
 
 @dataclass(frozen=True)
 class Course:
-    """Some steps of training. engine: a name in ENGINES; shown: one in COURSES."""
+    """Some steps of training. engine: "ddp", "fsdp" or "zero-" and a stage; shown: one of COURSES;
+    frozen: parts of names of parameters, beside those that the setting freezes."""
 
     engine: str
     shown: str = "both"
     setting: Setting = field(default_factory=Setting)
+    frozen: tuple[str, ...] = ()
 
     def steps(self, rank: int) -> list[Seen]:
         names = COURSES[self.shown]
@@ -41,6 +43,9 @@ class Course:
         """With its plan, unless that comes later."""
         setting = replace(self.setting, images=COURSES[self.shown][-1])
         model = setting.model()
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in self.frozen):
+                parameter.requires_grad_(False)
         if setting.checkpointing:
             model.gradient_checkpointing_enable()
         return yopo.apply(model, setting.plan) if setting.apply == "before" else model
@@ -282,3 +287,19 @@ def saved_by_tensor_parallelism(
     model.save_pretrained(folder)
     torch.distributed.barrier()
     return logits_of(model, seen)
+
+
+def leaves(rank: int, course: Course, unset: tuple[int, ...]) -> tuple[list[bool], int]:
+    """Of ZeRO-3, after the steps: which layers are its leaf modules, where the user has unset those
+    of numbers in `unset`; and how many linears of layers have hooks."""
+    import deepspeed
+
+    model = course.model()
+    for number in unset:
+        deepspeed.utils.set_z3_leaf_module(stack_of(model).layers[number], False)
+    engine = Zero(model, 3)
+    for seen in course.steps(rank):
+        stepped(engine, seen)
+    layers = stack_of(model).layers
+    hooked = [m for m in layers.modules() if isinstance(m, torch.nn.Linear) and m._forward_hooks]
+    return [deepspeed.utils.z3_leaf_module(layer) for layer in layers], len(hooked)
