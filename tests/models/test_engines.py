@@ -117,6 +117,11 @@ def test_training_of_parts_is_one_process_s(
     check(pair, Course(engine, setting=setting, frozen=frozen))
 
 
+@pytest.mark.parametrize("way", ["fused", "distilled", "tightened"])
+def test_other_ways_of_training_are_one_process_s(engine: str, way: str, pair: Processes) -> None:
+    check(pair, Course(engine, setting=Setting(masses=DROP), way=way))
+
+
 # The first layer's input may need no gradient; then DeepSpeed would reduce a leaf's too early.
 LEAVES = [
     (Course("zero-3"), (), [False, True, True]),

@@ -15,6 +15,7 @@ from sharded import Seen, Setting, loss_of, patched, stack_of
 from torch import Tensor
 
 import yopo
+from yopo.plan.pruning_plan import PruningPlan
 
 RATE, MOMENTUM = 0.05, 0.9
 # By name, what is shown step by step (see BATCHES): what processes do in a step differs from the
@@ -28,12 +29,15 @@ COURSES = {
 @dataclass(frozen=True)
 class Course:
     """Some steps of training. engine: "ddp", "fsdp" or "zero-" and a stage; shown: one of COURSES;
-    frozen: parts of names of parameters, beside those that the setting freezes."""
+    frozen: parts of names of parameters, beside those that the setting freezes. way: "fused", by
+    a model whose weights are; "distilled", by its dense self; "tightened", under another plan in
+    the first step."""
 
     engine: str
     shown: str = "both"
     setting: Setting = field(default_factory=Setting)
     frozen: tuple[str, ...] = ()
+    way: str = ""
 
     def steps(self, rank: int) -> list[Seen]:
         names = COURSES[self.shown]
@@ -48,7 +52,21 @@ class Course:
                 parameter.requires_grad_(False)
         if setting.checkpointing:
             model.gradient_checkpointing_enable()
-        return yopo.apply(model, setting.plan) if setting.apply == "before" else model
+        if setting.apply == "before":
+            yopo.apply(model, setting.plan)
+        return yopo.fuse(model) if self.way == "fused" else model
+
+    def loss(self, model: Any, seen: Seen) -> Tensor:
+        if self.way == "distilled":
+            return yopo.distillation_loss(model, {**seen.given, "labels": seen.labels})[0]
+        return loss_of(model, seen, False)
+
+    def plan_of(self, number: int) -> PruningPlan:
+        """Of the step of this number."""
+        plan = self.setting.plan
+        if number or self.way != "tightened":
+            return plan
+        return replace(plan, head_keep=torch.ones_like(plan.head_keep), layer_cut=None)
 
 
 def optimizer_of(model: Any) -> torch.optim.Optimizer:
@@ -206,24 +224,31 @@ class Trained:
 def trained(rank: int, course: Course) -> Trained:
     """By an engine."""
     with made(course) as engine:
-        losses = [stepped(engine, seen) for seen in course.steps(rank)]
+        losses = []
+        for number, seen in enumerate(course.steps(rank)):
+            yopo.apply(engine.model, course.plan_of(number))
+            losses.append(stepped(engine, course, seen))
+        if course.engine != "ddp":  # where weights lie as they lay
+            assert not any("_yopo_laid" in vars(module) for module in engine.model.modules())
         return Trained(losses, engine.weights())
 
 
-def stepped(engine: Any, seen: Seen) -> float:
-    loss = loss_of(engine.called, seen, False)
+def stepped(engine: Any, course: Course, seen: Seen) -> float:
+    loss = course.loss(engine.called, seen)
     engine.step(loss)
     return loss.item()
 
 
 def trained_alone(course: Course) -> list[Trained]:
     """What each process should find, in one process with a whole model."""
-    model = replace(course, setting=replace(course.setting, apply="before")).model()
+    model = replace(course, setting=replace(course.setting, apply="before"), way="").model()
     optimizer = optimizer_of(model)
     model.train()
     losses = []
-    for every in zip(*(course.steps(rank) for rank in range(COUNT)), strict=True):
-        each = [loss_of(model, seen, False) for seen in every]
+    steps = zip(*(course.steps(rank) for rank in range(COUNT)), strict=True)
+    for number, every in enumerate(steps):
+        yopo.apply(model, course.plan_of(number))
+        each = [course.loss(model, seen) for seen in every]
         torch.stack(each).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -241,7 +266,7 @@ def saved(rank: int, course: Course, folder: str) -> Tensor:
     """Trains, saves, and gives the logits at the last step's tokens."""
     with made(course) as engine:
         for seen in course.steps(rank):
-            stepped(engine, seen)
+            stepped(engine, course, seen)
         engine.called.eval()
         logits = logits_of(engine.called, seen)
         engine.save(folder, rank)
@@ -262,13 +287,13 @@ def resumed(rank: int, course: Course, folder: str) -> tuple[list[float], list[f
     on, and by one that takes it up."""
     first, *rest = course.steps(rank)
     with made(course) as engine:
-        stepped(engine, first)
+        stepped(engine, course, first)
         engine.keep(folder)
         torch.distributed.barrier()
-        on = [stepped(engine, seen) for seen in rest]
+        on = [stepped(engine, course, seen) for seen in rest]
     with made(course) as engine:
         engine.take_up(folder)
-        return on, [stepped(engine, seen) for seen in rest]
+        return on, [stepped(engine, course, seen) for seen in rest]
 
 
 def saved_by_tensor_parallelism(
@@ -299,7 +324,7 @@ def leaves(rank: int, course: Course, unset: tuple[int, ...]) -> tuple[list[bool
         deepspeed.utils.set_z3_leaf_module(stack_of(model).layers[number], False)
     engine = Zero(model, 3)
     for seen in course.steps(rank):
-        stepped(engine, seen)
+        stepped(engine, course, seen)
     layers = stack_of(model).layers
     hooked = [m for m in layers.modules() if isinstance(m, torch.nn.Linear) and m._forward_hooks]
     return [deepspeed.utils.z3_leaf_module(layer) for layer in layers], len(hooked)

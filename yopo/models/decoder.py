@@ -23,7 +23,7 @@ from yopo.engine.visual_cache import VisualCache
 from yopo.models.arguments import cache_of, inputs_of, resolve
 from yopo.models.exchange import Exchanged, derive, named, put, stock_method
 from yopo.models.functions import Functions
-from yopo.models.fused_weights import forget, fused_layers, unfuse_decoder
+from yopo.models.fused_weights import forget, forget_moved, fused_layers, unfuse_decoder
 from yopo.models.known_layouts import unwatch_text, watch_text
 from yopo.models.layers import exchange_layers, exchange_new, restore_layers
 from yopo.models.probe import probe
@@ -80,6 +80,12 @@ class PrunedDecoder(ZeroLeaves, Exchanged):
         if self.yopo_fused:
             forget(self)  # what is moved would be held here as well
         return super()._apply(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().train(*args, **kwargs)
+        if self.training and self.yopo_fused:
+            forget_moved(self)
+        return result
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

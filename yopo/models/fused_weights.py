@@ -62,8 +62,16 @@ def forget(decoder: Any) -> list[tuple[nn.Parameter, int]]:
     vars(decoder).pop(_FUSED, None)
     if decoder._yopo_graphs is not None:
         decoder._yopo_graphs.clear()
-    held = [vars(layer).pop(_FUSED, None) for layer in decoder.layers]
+    held = [vars(module).pop(_FUSED, None) for module in decoder.layers.modules()]
     return [laid for one in held if one is not None for laid in one.laid]
+
+
+def forget_moved(decoder: Any) -> None:
+    """The same where a weight lies elsewhere by now: an engine that took it in parts is to have
+    given up the whole."""
+    held = [vars(module).get(_FUSED) for module in decoder.layers.modules()]
+    if any(one is not None and not one.conditions.hold() for one in held):
+        forget(decoder)
 
 
 def fused_layers(decoder: Any, rows: Tensor) -> list[FusedLayer | None] | None:
