@@ -122,6 +122,15 @@ def test_other_ways_of_training_are_one_process_s(engine: str, way: str, pair: P
     check(pair, Course(engine, setting=Setting(masses=DROP), way=way))
 
 
+def test_a_copy_whose_projector_not_every_process_uses(processes: Processes) -> None:
+    """Has a plan or has none: DDP must be told, or names the parameters."""
+    course = Course("ddp", "unused", Setting(masses=DROP))
+    with pytest.raises(AssertionError, match="did not receive grad for rank [01]: 0 1 2 3"):
+        processes.run(trained, course)
+    setting = replace(course.setting, options=(("find_unused_parameters", True),))
+    check(processes, replace(course, setting=setting))
+
+
 # The first layer's input may need no gradient; then DeepSpeed would reduce a leaf's too early.
 LEAVES = [
     (Course("zero-3"), (), [False, True, True]),

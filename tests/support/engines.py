@@ -23,6 +23,8 @@ RATE, MOMENTUM = 0.05, 0.9
 COURSES = {
     "both": ("both", "lengths", "both"),
     "changing": ("both", "first only", "none", "lengths", "second only"),
+    # The projector is trained, and not used by each process.
+    "unused": ("first only", "second only", "both"),
 }
 
 
