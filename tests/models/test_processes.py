@@ -224,7 +224,7 @@ def zero_processes(
     made.stop()
 
 
-@pytest.mark.parametrize("leaf", [False, True], ids=["modules", "layers"])
+@pytest.mark.parametrize("leaf", [False, True], ids=["as yopo has it", "every layer"])
 @pytest.mark.parametrize(
     "setting",
     [

@@ -356,7 +356,7 @@ def in_ddp(rank: int, setting: Setting) -> Outcome:
 
 
 def in_zero(rank: int, setting: Setting) -> Outcome:
-    """DeepSpeed's ZeRO-3; "leaf": its unit is a whole layer."""
+    """DeepSpeed's ZeRO-3; "leaf": the user has set that every layer is one."""
     import deepspeed
 
     def put_in_parts(model: Any) -> Any:
