@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 import trainer_script
@@ -129,6 +130,15 @@ def test_a_copy_whose_projector_not_every_process_uses(processes: Processes) -> 
         processes.run(trained, course)
     setting = replace(course.setting, options=(("find_unused_parameters", True),))
     check(processes, replace(course, setting=setting))
+
+
+@pytest.mark.skipif(
+    Version(accelerate.__version__) < Version("1.6") or Version(torch.__version__).release < (2, 6),
+    reason="accelerate's FSDP2 is newer",
+)
+@pytest.mark.parametrize("shown", ["both", "changing"])
+def test_fsdp_as_accelerate_prepares_it(shown: str, processes: Processes) -> None:
+    check(processes, Course("accelerate", shown, Setting(masses=SINK)))
 
 
 # The first layer's input may need no gradient; then DeepSpeed would reduce a leaf's too early.

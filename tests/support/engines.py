@@ -3,6 +3,7 @@ or a copy each, in two processes. What test_engines.py compares with one process
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,10 +31,10 @@ COURSES = {
 
 @dataclass(frozen=True)
 class Course:
-    """Some steps of training. engine: "ddp", "fsdp" or "zero-" and a stage; shown: one of COURSES;
-    frozen: parts of names of parameters, beside those that the setting freezes. way: "fused", by
-    a model whose weights are; "distilled", by its dense self; "tightened", under another plan in
-    the first step."""
+    """Some steps of training. engine: "ddp", "fsdp", "accelerate" (its FSDP2) or "zero-" and a
+    stage; shown: one of COURSES; frozen: parts of names of parameters, beside those that the
+    setting freezes. way: "fused", by a model whose weights are; "distilled", by its dense self;
+    "tightened", under another plan in the first step."""
 
     engine: str
     shown: str = "both"
@@ -158,6 +159,32 @@ class Sharded(Copies):
         )
 
 
+class AccelerateSharded(Sharded):
+    """FSDP2 as accelerate prepares it, which on CPUs does not do so by itself."""
+
+    def __init__(self, model: Any) -> None:
+        from accelerate import Accelerator, FullyShardedDataParallelPlugin
+        from accelerate.state import AcceleratorState, DistributedType
+
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+            "LOCAL_WORLD_SIZE": f"{COUNT}",
+        }
+        layer = type(stack_of(model).layers[0]).__name__
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=[layer],
+        )
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self.accelerator = Accelerator(cpu=True)
+        self.accelerator.state.distributed_type = DistributedType.FSDP
+        self.accelerator.state.fsdp_plugin = plugin
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer_of(model))
+        self.called = self.model
+
+
 class Zero(Copies):
     """DeepSpeed's ZeRO, of a `stage`."""
 
@@ -210,7 +237,9 @@ def made(course: Course) -> Iterator[Any]:
     if stage:
         options["stage"] = int(stage)
     model = course.model()
-    engine = {"ddp": Copies, "fsdp": Sharded, "zero": Zero}[name](model, **options)
+    engine = {"ddp": Copies, "fsdp": Sharded, "accelerate": AccelerateSharded, "zero": Zero}[name](
+        model, **options
+    )
     if course.setting.apply == "after":
         yopo.apply(engine.model, course.setting.plan)
     engine.called.train()
