@@ -18,17 +18,23 @@ if TYPE_CHECKING:
     from yopo.models.fusing import fuse, unfuse
     from yopo.models.graphs import graphed
     from yopo.models.parts import plan_of
+    from yopo.models.trained_sinks import trainable_sinks
     from yopo.models.unpruned import unpruned
     from yopo.plan import recipes
     from yopo.plan.pruning_plan import PruningPlan
+    from yopo.training.collator import AnswerCollator
     from yopo.training.distillation import distillation_loss
-    from yopo.training.trainer import DistillationTrainer, TightenPlan
+    from yopo.training.schedule import TightenPlan, tightening
+    from yopo.training.trainer import DistillationTrainer, Distilling, Resumable
 
 __version__ = "0.1.0"
 __all__ = [
+    "AnswerCollator",
     "Calibration",
     "DistillationTrainer",
+    "Distilling",
     "PruningPlan",
+    "Resumable",
     "RuleConfig",
     "SearchConfig",
     "SinkFit",
@@ -44,18 +50,23 @@ __all__ = [
     "plan_of",
     "recipes",
     "remove",
+    "tightening",
+    "trainable_sinks",
     "unfuse",
     "unpruned",
 ]
 
 _HOME = {
+    "AnswerCollator": ".training.collator",
     "Calibration": ".calibration.calibrate",
     "DistillationTrainer": ".training.trainer",
+    "Distilling": ".training.trainer",
     "PruningPlan": ".plan.pruning_plan",
+    "Resumable": ".training.trainer",
     "RuleConfig": ".calibration.config",
     "SearchConfig": ".calibration.config",
     "SinkFit": ".calibration.sink_fit",
-    "TightenPlan": ".training.trainer",
+    "TightenPlan": ".training.schedule",
     "applied": ".models.attach",
     "apply": ".models.attach",
     "calibrate": ".calibration.calibrate",
@@ -65,6 +76,8 @@ _HOME = {
     "graphed": ".models.graphs",
     "plan_of": ".models.parts",
     "remove": ".models.attach",
+    "tightening": ".training.schedule",
+    "trainable_sinks": ".models.trained_sinks",
     "unfuse": ".models.fusing",
     "unpruned": ".models.unpruned",
 }

@@ -1,5 +1,6 @@
 """Questions of easy-VQA's training split as JSON lines, which `python -m yopo calibrate` takes:
-`python examples/tiny_llava/questions.py > questions.jsonl`. Other pictures than it is tested on."""
+`python examples/tiny_llava/questions.py > questions.jsonl`. Other pictures than it is tested on,
+which are those of --split test."""
 
 import argparse
 import json
@@ -12,10 +13,11 @@ import easy_vqa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--number", type=int, default=200, help="of questions (200)")
-    number = parser.parse_args().number
-    questions, answers, image_ids = easy_vqa.get_train_questions()
-    path_of = easy_vqa.get_train_image_paths()
-    for i in random.Random(0).sample(range(len(questions)), number):
+    parser.add_argument("--split", choices=("train", "test"), default="train", help="(train)")
+    told = parser.parse_args()
+    questions, answers, image_ids = getattr(easy_vqa, f"get_{told.split}_questions")()
+    path_of = getattr(easy_vqa, f"get_{told.split}_image_paths")()
+    for i in random.Random(0).sample(range(len(questions)), told.number):
         image = str(Path(path_of[image_ids[i]]).resolve())
         print(json.dumps({"image": image, "question": questions[i], "answer": answers[i]}))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from yopo.calibration.divergence import Reference, mean_kl
-from yopo.engine.layer_plan import LayerPlans
+from yopo.models.trained_sinks import trainable_sinks
 from yopo.models.trial import decoder_of, under
 from yopo.plan.config_fields import head_dim
 from yopo.plan.pruning_plan import PruningPlan
@@ -50,7 +50,7 @@ def tune_sinks(
         raise ValueError("there are no gradients to tune by within torch.inference_mode: leave it")
     old = plan.sinks
     b = torch.zeros(*old.a.shape, head_dim(decoder_of(model).config)) if old.b is None else old.b
-    tuned = _descend(model, plan, (old.a, b), known, steps, progress)
+    tuned = _descend(model, plan, known, steps, progress)
     tried = [plan]
     for share in SHARES:
         pairs = zip((old.a, b), tuned, strict=True)
@@ -62,32 +62,21 @@ def tune_sinks(
 def _descend(
     model: nn.Module,
     plan: PruningPlan,
-    start: tuple[Tensor, Tensor],
     known: Sequence[Reference],
     steps: int,
     progress: bool,
 ) -> tuple[Tensor, Tensor]:
-    """a and b after so many steps of Adam from `start`."""
-    learning = [weight for weight in model.parameters() if weight.requires_grad]
-    a, b = (nn.Parameter(tensor.clone()) for tensor in start)
-    optimizer = torch.optim.Adam([{"params": [a], "lr": RATE}, {"params": [b], "lr": RATE_OF_B}])
-    for weight in learning:
-        weight.requires_grad_(False)
-    try:
-        with under(model, plan), torch.enable_grad():
-            decoder = decoder_of(model)
-            made: LayerPlans = decoder._yopo_layer_plans
-            for step in trange(steps, desc="tuning", disable=not progress):
-                optimizer.zero_grad()
-                for i in range(BATCH):
-                    reference = known[(step * BATCH + i) % len(known)]
-                    decoder._yopo_layer_plans = made.with_sinks(a, b)
-                    (_kl(model, reference) / BATCH).backward()
-                optimizer.step()
-    finally:
-        for weight in learning:
-            weight.requires_grad_(True)
-    return a.detach(), b.detach()
+    """a and b after so many steps of Adam from the plan's."""
+    with under(model, plan), trainable_sinks(model) as (a, b), torch.enable_grad():
+        groups = [{"params": [a], "lr": RATE}, {"params": [b], "lr": RATE_OF_B}]
+        optimizer = torch.optim.Adam(groups)
+        for step in trange(steps, desc="tuning", disable=not progress):
+            optimizer.zero_grad()
+            for i in range(BATCH):
+                reference = known[(step * BATCH + i) % len(known)]
+                (_kl(model, reference) / BATCH).backward()
+            optimizer.step()
+    return a.detach().cpu(), b.detach().cpu()
 
 
 def _kl(model: Callable[..., Any], reference: Reference) -> Tensor:

@@ -42,6 +42,10 @@ from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import is_compiling, tells_tracing, uncompiled
 
 
+# Of a decoder whose sinks are being trained (trained_sinks.py): a and b.
+SINK_PARAMETERS = ("yopo_sink_a", "yopo_sink_b")
+
+
 class PrunedDecoder(ZeroLeaves, Exchanged):
     """A decoder whose forward follows `yopo_plan`."""
 
@@ -91,6 +95,19 @@ class PrunedDecoder(ZeroLeaves, Exchanged):
         super().__setattr__(name, value)
         if name == "embed_tokens" and self.yopo_plan is not None:  # resized, or an adapter on it
             watch_text(value)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Stock's. Sinks that are being trained belong to the plan and are saved with it."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in SINK_PARAMETERS:
+            destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, *more: Any
+    ) -> None:
+        lacking: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, lacking, *more)
+        missing += [name for name in lacking if name.removeprefix(prefix) not in SINK_PARAMETERS]
 
     def forward(
         self,

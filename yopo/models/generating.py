@@ -1,5 +1,5 @@
-"""What generate() calls of a model around a PrunedDecoder, beside its forward: a mixin before the
-stock class of the outermost model. Chooses no token and holds no cache."""
+"""What generate() calls of a model around a PrunedDecoder, beside its forward, and how it is saved:
+a mixin before the stock class of the outermost model. Chooses no token and holds no cache."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from yopo.engine.visual_cache import VisualCache
 from yopo.models.arguments import cache_of
 from yopo.models.exchange import Exchanged, stock_method
 from yopo.models.host_copies import is_here, note_ones_after
+from yopo.models.trained_sinks import settle_sinks
 from yopo.versions import newer_than_tested
 
 
 class Generating(Exchanged):
     """A model that may generate from a prompt with images."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Stock's; sinks that are being trained go with it."""
+        settle_sinks(self)
+        return stock_method(self, Generating, "save_pretrained")(*args, **kwargs)
 
     def get_compiled_call(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         """Stock's, which generate() runs steps by that go on from a static cache; those of a pruned

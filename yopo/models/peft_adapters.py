@@ -26,6 +26,7 @@ from transformers.utils import cached_file
 
 from yopo.models.arguments import BY_ROW
 from yopo.models.parts import plan_of
+from yopo.models.trained_sinks import settle_sinks
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.plan.sinks import sinks_beside
 
@@ -156,6 +157,7 @@ def _write_plan(model: Any, file: Path) -> None:
     not an earlier model's either."""
     if not (file.parent / ADAPTER_FILE).is_file():
         return
+    settle_sinks(model)
     plan = plan_of(model)
     if plan is None:
         file.unlink(missing_ok=True)

@@ -48,12 +48,12 @@ class Samples(Sequence[dict[str, Any]]):
 
 
 def read_questions(
-    file: Path, limit: int | None = None, folder: Path | None = None
+    file: Path, limit: int | None = None, folder: Path | None = None, answered: bool = False
 ) -> tuple[list[Question], list[str]]:
     """The first `limit` usable questions, and what was passed over and why, for each a line.
 
     folder: what image paths are relative to; None: the file's own. Passed over: entries without an
-    image, and images that cannot be read. Raises BadInput for anything else that is not as above,
+    image, or (answered) without an answer, and images that cannot be read. Raises BadInput for anything else that is not as above,
     naming the line or entry, and where no question is left.
     """
     folder = file.parent if folder is None else folder
@@ -64,8 +64,8 @@ def read_questions(
             break
         question, answer = _texts(where, entry)
         image = entry.get("image")
-        if not image:
-            passed_over.append(f"{where}: no image")
+        if not image or (answered and answer is None):
+            passed_over.append(f"{where}: no {'answer' if image else 'image'}")
             continue
         if not isinstance(image, str):
             raise BadInput(f"{where}: image is {image!r}; it must be the path of one image")

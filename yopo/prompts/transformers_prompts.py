@@ -67,8 +67,7 @@ class TransformersPrompter(Prompter):
         from PIL import Image
 
         image = Image.open(question.image).convert("RGB")
-        content = [{"type": "image"}, {"type": "text", "text": question.question}]
-        prompt = self._prompt([{"role": "user", "content": content}])
+        prompt = asked(self._processor, question.question, self._path)
         made = self._processor(images=[image], text=[prompt], return_tensors="pt")
         sample: dict[str, Any] = {
             name: value.to(self.model.device, self.model.dtype)
@@ -78,29 +77,35 @@ class TransformersPrompter(Prompter):
             if isinstance(value, Tensor)
         }
         if question.answer is not None:
-            sample[ANSWER] = self._answer(question.answer).to(self.model.device)
+            sample[ANSWER] = answer_ids(self._processor, question.answer).to(self.model.device)
         return sample
 
     def text_of(self, ids: Tensor) -> str:
         text: str = self._processor.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
-    def _prompt(self, conversation: list[dict[str, Any]]) -> str:
-        try:
-            prompt: str = self._processor.apply_chat_template(
-                conversation, add_generation_prompt=True
-            )
-        except Exception as error:  # a template is a program of the checkpoint's: it fails anyhow
-            raise BadInput(
-                f"the chat template of {self._path} takes no question about an image: {error}"
-            ) from error
-        return prompt
 
-    def _answer(self, text: str) -> Tensor:
-        """(1, m) ids of an answer, and the token that ends it where there is one."""
-        tokenizer = self._processor.tokenizer
-        end = tokenizer.eos_token or ""
-        return tokenizer(text + end, add_special_tokens=False, return_tensors="pt").input_ids
+def asked(processor: Any, question: str, whose: str) -> str:
+    """The prompt that asks `question` about one image, by the chat template of `processor`, which
+    is that of `whose`. Raises BadInput where it cannot."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    try:
+        prompt: str = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+    except Exception as error:  # a template is a program of the checkpoint's: it fails anyhow
+        raise BadInput(
+            f"the chat template of {whose} takes no question about an image: {error}"
+        ) from error
+    return prompt
+
+
+def answer_ids(processor: Any, text: str) -> Tensor:
+    """(1, m) ids of an answer, and the token that ends it where there is one."""
+    tokenizer = processor.tokenizer
+    end = tokenizer.eos_token or ""
+    ids: Tensor = tokenizer(text + end, add_special_tokens=False, return_tensors="pt").input_ids
+    return ids
 
 
 def _check_weights(path: str, told: dict[str, Any]) -> None:

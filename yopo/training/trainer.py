@@ -1,33 +1,74 @@
-"""transformers' Trainer under a plan: `DistillationTrainer`, whose loss is distillation.py's, and
-`TightenPlan`, which puts tighter plans on as training goes on. All else is the Trainer's own."""
+"""Mixins for transformers' Trainer and those that derive from it, TRL's among them: `Resumable`, which
+goes on from a checkpoint to the same numbers, and `Distilling`, whose loss is distillation.py's.
+`DistillationTrainer` is the Trainer with both. All else is the Trainer's own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
-from yopo.models.attach import apply
 from yopo.models.exchange import original_of
+from yopo.models.peft_adapters import PLAN_FILE
+from yopo.models.trained_sinks import is_training_sinks, set_sinks
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.training.distillation import distillation_loss
 
 
-class DistillationTrainer(Trainer):
-    """A Trainer of a model with a plan that is taught by itself without it.
+class Resumable:
+    """Before a Trainer's class: `class MyTrainer(yopo.Resumable, SFTTrainer)`. Takes from a
+    checkpoint that it resumes from, or that is its best, what the Trainer passes over: weights that
+    transformers 5 saves under the names that older versions had (LLaVA and its like), and sinks
+    that are being trained (`yopo.trainable_sinks`)."""
+
+    model: Any
+    state: Any
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        _load_rest(self.model if model is None else model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        _load_rest(self.model, Path(self.state.best_model_checkpoint))
+
+
+def _load_rest(model: Any, folder: Path) -> None:
+    files = sorted(folder.glob("model*.safetensors"))
+    saved = {name for file in files for name in safe_open(file, framework="pt").keys()}  # noqa: SIM118
+    if saved and not saved <= model.state_dict().keys():
+        cls = original_of(type(model))
+        loaded = cls.from_pretrained(folder, torch_dtype=model.dtype)
+        model.load_state_dict(loaded.state_dict())
+    if is_training_sinks(model):
+        with_adapter = folder / PLAN_FILE
+        sinks = PruningPlan.load(with_adapter if with_adapter.exists() else folder).sinks
+        if sinks is None:
+            raise ValueError(
+                f"sinks are being trained, but the plan in {folder} has none: that checkpoint is of "
+                "another run; take another output_dir, or train without yopo.trainable_sinks"
+            )
+        set_sinks(model, sinks)
+
+
+class Distilling(Resumable):
+    """Before a Trainer's class: it trains a model with a plan, taught by itself without it.
 
     temperature, weight: as of `distillation_loss`. Evaluation reports the same loss. Raises
     ValueError for another loss (label smoothing, compute_loss_func)."""
+
+    args: Any
+    accelerator: Any
 
     def __init__(
         self, *args: Any, temperature: float = 1.0, weight: float = 1.0, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        if self.label_smoother is not None or getattr(self, "compute_loss_func", None) is not None:
+        smoothing = getattr(self, "label_smoother", None)
+        if smoothing is not None or getattr(self, "compute_loss_func", None) is not None:
             raise ValueError(
                 "label_smoothing_factor or compute_loss_func is given, but the loss is "
                 "distillation's: leave it out, or take transformers' own Trainer"
@@ -58,41 +99,10 @@ class DistillationTrainer(Trainer):
         shared = self.get_tp_size() if hasattr(self, "get_tp_size") else 1
         return int(self.accelerator.num_processes // shared)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The Trainer's; and weights that it would pass over: transformers 5 saves those of LLaVA
-        and its like under the names that older versions had, which the Trainer does not know."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        model = self.model if model is None else model
-        files = sorted(Path(resume_from_checkpoint).glob("model*.safetensors"))
-        saved = {name for file in files for name in safe_open(file, framework="pt").keys()}  # noqa: SIM118
-        if saved and not saved <= model.state_dict().keys():
-            cls = original_of(type(model))
-            loaded = cls.from_pretrained(resume_from_checkpoint, torch_dtype=model.dtype)
-            model.load_state_dict(loaded.state_dict())
 
+class DistillationTrainer(Distilling, Trainer):
+    """transformers' Trainer of a model with a plan that is taught by itself without it.
 
-class TightenPlan(TrainerCallback):
-    """Puts a plan on at the beginning of the steps that `plans` names, 0 being the first: from one
-    that prunes little to the one that the model will run under. Training that is resumed begins
-    with the plan of the step it has come to."""
-
-    def __init__(self, plans: Mapping[int, PruningPlan]) -> None:
-        if any(not isinstance(plan, PruningPlan) for plan in plans.values()):
-            raise TypeError("plans has values that are no PruningPlan; load them first")
-        if not plans or min(plans) != 0:
-            raise ValueError(f"plans begin at steps {sorted(plans)}; there must be one at step 0")
-        self._plans = dict(sorted(plans.items()))
-        self._begun: int | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._begun = None
-        self._put(kwargs["model"], state.global_step)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._put(kwargs["model"], state.global_step)
-
-    def _put(self, model: Any, step: int) -> None:
-        begun = max(start for start in self._plans if start <= step)
-        if begun != self._begun:
-            apply(model, self._plans[begun])
-            self._begun = begun
+    temperature, weight: as of `distillation_loss`. Evaluation reports the same loss. Stopped and
+    resumed, losses go on as they would have. Raises ValueError for another loss (label smoothing,
+    compute_loss_func)."""
