@@ -16,7 +16,7 @@ from torch import nn
 
 from yopo.models import original_llava
 from yopo.models.decoder import PrunedDecoder, shares_config
-from yopo.models.exchange import put, stock_of
+from yopo.models.exchange import Exchanged, put, stock_of
 from yopo.models.parts import Parts, part_of, plan_of, refuse_foreign
 from yopo.models.peft_adapters import accompany_adapters
 from yopo.models.probe import probe
@@ -148,7 +148,8 @@ def _restore(parts: Parts, plan: PruningPlan | None) -> None:
 
 def _refuse_replaced(module: nn.Module) -> None:
     replaced = replaced_forward(module)
-    if replaced is not None:
+    # One that was put on a module under a plan stands around our forward, whichever plan comes next.
+    if replaced is not None and not isinstance(module, Exchanged):
         raise ValueError(
             f"the forward of this {type(module).__name__} was replaced on the instance (as "
             "accelerator.prepare does), which would go on running the unpruned one: apply the "
