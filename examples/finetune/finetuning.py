@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 import yopo
 from yopo.errors import BadInput
+from yopo.prompts.loading import kind_of
 
 
 def main(argv: Sequence[str], arguments: type, trainer_of: Callable[..., Any]) -> int:
@@ -26,6 +27,9 @@ def main(argv: Sequence[str], arguments: type, trainer_of: Callable[..., Any]) -
     except BadInput as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from its last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -102,22 +106,22 @@ def load(recipe: Recipe, device: torch.device) -> tuple[Any, Any]:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
         more["device_map"] = {"": device}
+    if kind_of(path) == "llava":
+        raise BadInput(
+            f"{path} is in the original LLaVA's own format: make one of transformers' of it, "
+            f"python -m yopo convert {path} DST"
+        )
     try:
         config = AutoConfig.from_pretrained(path)
-        if "mm_vision_tower" in config.to_dict():
-            raise BadInput(
-                f"{path} is in the original LLaVA's own format: make one of transformers' of it, "
-                f"python -m yopo convert {path} DST"
-            )
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=recipe.dtype, **more)
         processor = AutoProcessor.from_pretrained(path)
         own = yopo.PruningPlan.from_config(config)
         plan = own if recipe.plan is None else yopo.PruningPlan.load(recipe.plan)
         if plan is None:
-            raise BadInput(f"{path} has no plan of its own: give one (plan: FILE)")
+            raise ValueError("the model has no plan of its own: give one (plan: FILE)")
         yopo.unfuse(yopo.apply(model, plan))
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise error if isinstance(error, BadInput) else BadInput(f"{path}: {error}") from error
+        raise BadInput(f"{path} under {recipe.plan or 'its plan'}: {error}") from error
     if not recipe.train_vision:
         for name, weight in model.named_parameters():
             if "vision" in name or "visual." in name:

@@ -73,6 +73,26 @@ def test_loss_and_gradients_are_those_of_a_student_and_a_teacher_apart(
             assert torch.allclose(weight_of.grad, theirs[name].grad, atol=1e-6), name
 
 
+def test_an_adapter_is_taught_by_the_model_without_it() -> None:
+    peft = pytest.importorskip("peft")
+    given = inputs()
+    model = yopo.apply(build(KIND), a_plan())
+    lora = peft.LoraConfig(r=2, target_modules=r".*language_model.*[qv]_proj")
+    adapted = peft.get_peft_model(model, lora)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    loss, out = yopo.distillation_loss(adapted, given)
+    seen = given["labels"][:, 1:] != -100
+    p = build(KIND)(**given).logits.detach()[:, :-1][seen].log_softmax(-1)
+    q = out.logits[:, :-1][seen].log_softmax(-1)
+    assert torch.allclose(loss, F.kl_div(q, p, log_target=True, reduction="batchmean"), atol=1e-5)
+    loss.backward()
+    learning = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+    assert learning and all("lora_" in name for name in learning)
+    assert any(adapted.get_parameter(name).grad.abs().max() > 0 for name in learning)
+
+
 def test_a_model_whose_plan_prunes_nothing_has_nothing_to_learn() -> None:
     model = yopo.apply(build(KIND), yopo.PruningPlan(torch.ones(3, 4), window=None, layer_cut=3))
     loss, _ = yopo.distillation_loss(model, inputs())

@@ -6,7 +6,7 @@ optimiser and no loop; trainer.py has transformers'.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,7 +32,9 @@ def distillation_loss(
     inputs: of forward, with `labels` (B, n), -100 where no answer is. temperature: both
     distributions are taken at it, and KL is multiplied by its square. weight: of KL; the rest is
     cross entropy with the labels. num_items: divides the sums over tokens in place of how many
-    there are in this batch (gradient accumulation). The teacher's pass is in eval mode.
+    there are in this batch (gradient accumulation). The teacher's pass is in eval mode, and of a
+    PeftModel without its adapters: there the teacher stays what it was. Where the weights themselves
+    learn it moves with them, and may get worse with its pupil: a weight below 1 holds it.
 
     Raises ValueError without labels, for settings that cannot be, for inputs with a cache or fewer
     logits than tokens, and for a model whose logits are not of the labels' tokens (the original
@@ -49,7 +51,7 @@ def distillation_loss(
         raise ValueError(f"inputs have {given}, which is for answering: leave it out")
     told = {name: value for name, value in inputs.items() if name != "labels"}
     told |= {"return_dict": True}
-    with torch.no_grad(), unpruned(), _in_eval(model):
+    with torch.no_grad(), unpruned(), _in_eval(model), _without_adapters(model):
         taught = model(**told).logits
     outputs = model(**told)
     logits = outputs.logits
@@ -84,6 +86,11 @@ def divergence(
 
 
 _OF_ANSWERING = ("past_key_values", "logits_to_keep", "num_logits_to_keep")
+
+
+def _without_adapters(model: nn.Module) -> AbstractContextManager[Any]:
+    adapted = next((part for part in model.modules() if hasattr(part, "disable_adapter")), None)
+    return nullcontext() if adapted is None else adapted.disable_adapter()
 
 
 @contextmanager
