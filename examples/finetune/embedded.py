@@ -3,7 +3,7 @@ questions of easy-VQA, and two plans by hand with sinks fitted to them.
 
     python examples/finetune/embedded.py        # into examples/finetune/work, in a minute
 
-With a model of your own you need none of this: any transformers model, any file of questions, any plan.
+With a model of your own you need none of this: any transformers model, questions and plan do.
 """
 
 import argparse
@@ -11,8 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # for yopo where it is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for yopo where it is not installed
 
 import torch
 
@@ -20,6 +19,7 @@ import yopo
 from yopo.prompts import load
 from yopo.prompts.questions import Samples, read_questions
 
+ROOT = Path(__file__).resolve().parents[2]
 DENSE = "examples/tiny_llava/checkpoints/tiny-llava-v1-dense"
 # Kept heads in each layer before the cut, and 1/r of the FFN's neurons. By hand, so that there is
 # something to learn: a plan that yopo calibrate finds loses next to nothing at 12 %.

@@ -1,6 +1,6 @@
 """The same as sft.py with TRL's SFTTrainer and its SFTConfig:
 
-    python examples/finetune/sft_trl.py examples/finetune/trl.yaml [--name value …]
+python examples/finetune/sft_trl.py examples/finetune/trl.yaml [--name value …]
 """
 
 import sys

@@ -1,5 +1,5 @@
-"""examples/finetune on the embedded model with very few steps and questions: every recipe runs, goes
-on after it was stopped, leaves a checkpoint that answers under its plan, and says what is wrong."""
+"""examples/finetune on the embedded model, few steps and questions: every recipe runs, goes on
+after it was stopped, leaves a checkpoint that answers under its plan, and says what is wrong."""
 
 from __future__ import annotations
 

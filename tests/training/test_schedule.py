@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ def test_each_stage_prunes_more_and_the_last_is_the_plan(changes: dict[str, Any]
     plans = yopo.tightening(plan, CONFIG, steps=40, stages=4)
     assert list(plans) == [0, 6, 13, 20] and plans[20] is plan
     found = list(plans.values())
-    for looser, tighter in zip(found, found[1:], strict=False):
+    for looser, tighter in pairwise(found):
         assert looser.layer_cut >= tighter.layer_cut
         assert (looser.head_keep >= tighter.head_keep).all()
         wide, narrow = (each.ffn_neurons(24) for each in (looser, tighter))

@@ -138,7 +138,8 @@ def test_without_the_patch_and_with_an_adapter_around_it_they_are_saved(tmp_path
 def test_a_plan_without_sinks_in_use_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said), yopo.trainable_sinks(pruned(**changes)):
         pass
-    with pytest.raises(ValueError, match="the model has no plan"), yopo.trainable_sinks(build(KIND)):
+    model = build(KIND)
+    with pytest.raises(ValueError, match="the model has no plan"), yopo.trainable_sinks(model):
         pass
 
 

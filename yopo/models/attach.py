@@ -148,7 +148,7 @@ def _restore(parts: Parts, plan: PruningPlan | None) -> None:
 
 def _refuse_replaced(module: nn.Module) -> None:
     replaced = replaced_forward(module)
-    # One that was put on a module under a plan stands around our forward, whichever plan comes next.
+    # One that was put on under a plan stands around our forward, whichever plan comes next.
     if replaced is not None and not isinstance(module, Exchanged):
         raise ValueError(
             f"the forward of this {type(module).__name__} was replaced on the instance (as "

@@ -41,7 +41,6 @@ from yopo.models.zero_leaves import ZeroLeaves
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.versions import is_compiling, tells_tracing, uncompiled
 
-
 # Of a decoder whose sinks are being trained (trained_sinks.py): a and b.
 SINK_PARAMETERS = ("yopo_sink_a", "yopo_sink_b")
 

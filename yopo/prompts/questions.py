@@ -53,8 +53,8 @@ def read_questions(
     """The first `limit` usable questions, and what was passed over and why, for each a line.
 
     folder: what image paths are relative to; None: the file's own. Passed over: entries without an
-    image, or (answered) without an answer, and images that cannot be read. Raises BadInput for anything else that is not as above,
-    naming the line or entry, and where no question is left.
+    image, or (answered) without an answer, and images that cannot be read. Raises BadInput for
+    anything else that is not as above, naming the line or entry, and where no question is left.
     """
     folder = file.parent if folder is None else folder
     found: list[Question] = []

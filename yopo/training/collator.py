@@ -40,11 +40,10 @@ class AnswerCollator:
         told, ids = made["attention_mask"].bool(), made["input_ids"]
         batch = dict(made)
         for name, value in made.items():
-            if isinstance(value, Tensor) and value.shape == ids.shape:
-                behind = {"input_ids": answers, "attention_mask": list(map(torch.ones_like, answers))}
-                more = behind.get(name) or list(map(torch.zeros_like, answers))
-                pad = processor.tokenizer.pad_token_id if name == "input_ids" else 0
-                batch[name] = _together(value, told, more, pad)
+            if isinstance(value, Tensor) and value.shape == ids.shape:  # says what each token is
+                behind = [torch.full_like(one, name == "attention_mask") for one in answers]
+                batch[name] = _together(value, told, behind, 0)
+        batch["input_ids"] = _together(ids, told, answers, processor.tokenizer.pad_token_id)
         batch["labels"] = _together(torch.full_like(ids, IGNORED), told, answers, IGNORED)
         return batch
 

@@ -33,8 +33,8 @@ def distillation_loss(
     distributions are taken at it, and KL is multiplied by its square. weight: of KL; the rest is
     cross entropy with the labels. num_items: divides the sums over tokens in place of how many
     there are in this batch (gradient accumulation). The teacher's pass is in eval mode, and of a
-    PeftModel without its adapters: there the teacher stays what it was. Where the weights themselves
-    learn it moves with them, and may get worse with its pupil: a weight below 1 holds it.
+    PeftModel without its adapters: there the teacher stays what it was. Where the weights learn it
+    moves with them, and may get worse with its pupil: a weight below 1 holds it.
 
     Raises ValueError without labels, for settings that cannot be, for inputs with a cache or fewer
     logits than tokens, and for a model whose logits are not of the labels' tokens (the original

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from yopo.models.attach import apply

@@ -1,4 +1,4 @@
-"""Mixins for transformers' Trainer and those that derive from it, TRL's among them: `Resumable`, which
+"""Mixins for transformers' Trainer and others that derive from it, as TRL's do: `Resumable`, which
 goes on from a checkpoint to the same numbers, and `Distilling`, whose loss is distillation.py's.
 `DistillationTrainer` is the Trainer with both. All else is the Trainer's own."""
 
@@ -48,8 +48,8 @@ def _load_rest(model: Any, folder: Path) -> None:
         sinks = PruningPlan.load(with_adapter if with_adapter.exists() else folder).sinks
         if sinks is None:
             raise ValueError(
-                f"sinks are being trained, but the plan in {folder} has none: that checkpoint is of "
-                "another run; take another output_dir, or train without yopo.trainable_sinks"
+                f"sinks are being trained, but the plan in {folder} has none: that checkpoint is "
+                "of another run; take another output_dir, or train without yopo.trainable_sinks"
             )
         set_sinks(model, sinks)
 
