@@ -11,7 +11,7 @@ LLAVA_REQUIREMENT=llava-torch==1.2.2.post1 # the original LLaVA package
 LLAVA_NEEDS=(pillow accelerate sentencepiece requests protobuf)
 TEST_PROCESSES=(-n "${YOPO_TEST_PROCESSES:-2}") # pytest-xdist's; a test takes one core
 TEST_NEEDS=(pytest pytest-xdist hypothesis tabulate matplotlib easy-vqa scikit-learn tqdm)
-NEWEST_NEEDS=(ruff==0.17.6 mypy peft bitsandbytes torchao deepspeed nbclient ipykernel) # with the newest transformers alone
+NEWEST_NEEDS=(ruff==0.17.6 mypy peft bitsandbytes trl torchao deepspeed nbclient ipykernel) # with the newest transformers alone
 
 die() {
     echo "${0##*/}: $*" >&2
