@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from yopo.training.collator import AnswerCollator
     from yopo.training.distillation import distillation_loss
     from yopo.training.schedule import TightenPlan, tightening
+    from yopo.training.teacher import teach
     from yopo.training.trainer import DistillationTrainer, Distilling, Resumable
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ __all__ = [
     "plan_of",
     "recipes",
     "remove",
+    "teach",
     "tightening",
     "trainable_sinks",
     "unfuse",
@@ -76,6 +78,7 @@ _HOME = {
     "graphed": ".models.graphs",
     "plan_of": ".models.parts",
     "remove": ".models.attach",
+    "teach": ".training.teacher",
     "tightening": ".training.schedule",
     "trainable_sinks": ".models.trained_sinks",
     "unfuse": ".models.fusing",

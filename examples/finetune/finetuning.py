@@ -60,13 +60,17 @@ def finetune(
     with yopo.unpruned():
         results.put("dense", lambda: measured("dense"))
     results.put("pruned", lambda: measured("pruned"))
+    # Adapters and sinks are switched off for the teacher's pass; weights that learn cannot be.
+    moving = not (recipe.use_peft or recipe.train_sinks)
+    began = time.perf_counter()
+    if recipe.objective == "distill" and recipe.fixed_teacher and moving:
+        rows = yopo.teach(model, rows, collate, batch=args.train_batch_size, progress=main)
     callbacks: list[Any] = [LossPicture()]
     if recipe.tighten_stages > 1:
         steps = args.max_steps if args.max_steps > 0 else steps_of(args, len(rows))
         plans = yopo.tightening(plan, model.config, steps, recipe.tighten_stages)
         callbacks.append(yopo.TightenPlan(plans))
     model = with_adapter(model, recipe) if recipe.use_peft else model
-    began = time.perf_counter()
     with yopo.trainable_sinks(model) if recipe.train_sinks else nullcontext():
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trainer = trainer_of(

@@ -39,6 +39,9 @@ class Recipe:
     )
     temperature: float = field(default=1.0, metadata={"help": "of distillation"})
     distill_weight: float = field(default=1.0, metadata={"help": "of KL; the rest is the labels'"})
+    fixed_teacher: bool = field(
+        default=True, metadata={"help": "it is asked once before, where the weights all learn"}
+    )
     tighten_stages: int = field(
         default=1, metadata={"help": "plans that tighten over the first half of the steps"}
     )

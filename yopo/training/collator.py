@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from yopo.prompts.transformers_prompts import answer_ids, asked
-from yopo.training.distillation import IGNORED
+from yopo.training.distillation import IGNORED, TAUGHT
 
 
 class AnswerCollator:
     """Makes batches of rows {"image": a path or a PIL image, "question": …, "answer": …}: each by
     the chat template of `processor`, as `python -m yopo calibrate` and `infer` ask, with the answer
-    and its end behind it. `labels` are the answers' tokens alone.
+    and its end behind it. `labels` are the answers' tokens alone. Rows of `teach` have their
+    teacher's answers with them.
 
     Raises BadInput for a chat template that takes no question about an image.
     """
@@ -45,6 +46,8 @@ class AnswerCollator:
                 batch[name] = _together(value, told, behind, 0)
         batch["input_ids"] = _together(ids, told, answers, processor.tokenizer.pad_token_id)
         batch["labels"] = _together(torch.full_like(ids, IGNORED), told, answers, IGNORED)
+        for name in TAUGHT if TAUGHT[0] in rows[0] else ():
+            batch[name] = torch.cat([torch.as_tensor(row[name]) for row in rows])
         return batch
 
 
