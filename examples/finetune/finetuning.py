@@ -120,7 +120,7 @@ def load(recipe: Recipe, device: torch.device) -> tuple[Any, Any]:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=recipe.dtype, **more)
         processor = AutoProcessor.from_pretrained(path)
         own = yopo.PruningPlan.from_config(config)
-        plan = own if recipe.plan is None else yopo.PruningPlan.load(recipe.plan)
+        plan = yopo.PruningPlan.load(recipe.plan) if recipe.plan else own
         if plan is None:
             raise ValueError("the model has no plan of its own: give one (plan: FILE)")
         yopo.unfuse(yopo.apply(model, plan))

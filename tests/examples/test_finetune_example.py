@@ -144,6 +144,15 @@ def test_stopped_and_started_again_it_comes_to_the_same_numbers(
     assert again["fine-tuned"] == whole["fine-tuned"] and again["steps"] == 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["plain", "distill"])
+def test_trl_trains_as_transformers_does(work: Path, objective: str, tmp_path: Path) -> None:
+    theirs = run(work, "trl", tmp_path / "trl", objective=objective)
+    ours = run(work, "plain", tmp_path / "own", objective=objective)
+    assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-3)
+    assert theirs["fine-tuned"] == ours["fine-tuned"]
+
+
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {folder!r})
