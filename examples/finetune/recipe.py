@@ -83,7 +83,8 @@ def read(argv: Sequence[str], arguments: type) -> tuple[Recipe, Any, dict[str, A
     if unknown := sorted(given.keys() - known):
         raise BadInput(f"the config {argv[0]} has {', '.join(unknown)}, which nobody knows")
     words = [word for name, value in given.items() for word in (f"--{name}", *_words(value))]
-    parser = HfArgumentParser((Recipe, arguments), allow_abbrev=False)
+    usage = f"{Path(sys.argv[0]).name} CONFIG.yaml [--name value …]"
+    parser = HfArgumentParser((Recipe, arguments), allow_abbrev=False, usage=usage)
     named, left = parser.parse_known_args([*words, *argv[1:]])
     if left:
         raise BadInput(f"{' '.join(left)}: no such option")

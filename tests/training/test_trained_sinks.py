@@ -143,6 +143,20 @@ def test_a_plan_without_sinks_in_use_is_refused(changes: dict[str, Any], said: s
         pass
 
 
+def test_a_plan_taken_off_meanwhile_stays_off() -> None:
+    model = pruned()
+    with yopo.trainable_sinks(model):
+        with (
+            pytest.raises(ValueError, match="are being trained already"),
+            yopo.trainable_sinks(model),
+        ):
+            pass
+        yopo.remove(model)
+    assert type(model) is type(build(KIND)) and yopo.plan_of(model) is None
+    assert torch.equal(model(**inputs()).logits, build(KIND)(**inputs()).logits)
+    assert set(model.state_dict()) == set(build(KIND).state_dict())
+
+
 def step_in_ddp(rank: int, ranks: int) -> list[Tensor]:
     """Sinks' gradients of the batch's rows, of which this process has its own."""
     model, given = pruned(), inputs()

@@ -27,8 +27,8 @@ def trainable_sinks(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Paramet
     Every save_pretrained within writes the plan with the sinks as they are then; after the block
     the model's plan has them (unless it was left by an error), and all weights learn that did.
 
-    Raises ValueError where no head has a sink, and for a model shared by processes (tensor
-    parallelism).
+    Raises ValueError where no head has a sink, where they are being trained already, and for a
+    model shared by processes (tensor parallelism).
     """
     outer, decoder = _parts(model)
     plan = None if decoder is None else decoder.yopo_plan
@@ -37,6 +37,10 @@ def trainable_sinks(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Paramet
         raise ValueError(
             f"the model has {has}: there are no sinks to train. Fit some (yopo.fit_sinks), and "
             "apply the plan that comes of it"
+        )
+    if is_training_sinks(model):
+        raise ValueError(
+            "the sinks of this model are being trained already: leave that block"
         )
     if decoder.yopo_part.count > 1:
         raise ValueError(
@@ -60,7 +64,8 @@ def trainable_sinks(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Paramet
         hook.remove()
         for name in SINK_PARAMETERS:
             delattr(decoder, name)
-        decoder.set_plan(decoder.yopo_plan)
+        if getattr(decoder, "yopo_plan", None) is not None:  # else it was taken off meanwhile
+            decoder.set_plan(decoder.yopo_plan)
         for weight in learning:
             weight.requires_grad_(True)
 
