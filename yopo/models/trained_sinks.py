@@ -39,9 +39,7 @@ def trainable_sinks(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Paramet
             "apply the plan that comes of it"
         )
     if is_training_sinks(model):
-        raise ValueError(
-            "the sinks of this model are being trained already: leave that block"
-        )
+        raise ValueError("the sinks of this model are being trained already: leave that block")
     if decoder.yopo_part.count > 1:
         raise ValueError(
             "the model is shared by processes (tensor parallelism), each of which has some of the "
