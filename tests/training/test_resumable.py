@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from family_checks import a_plan, some_sinks
+from packaging.version import Version
 from random_families import KINDS, build, make
 from transformers import Trainer, TrainingArguments
 
@@ -51,6 +53,10 @@ def losses(trainer: Any) -> list[float]:
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("4.46"),
+    reason="its Trainer cannot load the random states that it saved, with a newer torch",
+)
 @pytest.mark.parametrize("sinks", [False, True], ids=["weights", "sinks"])
 def test_stopped_and_resumed_steps_are_those_of_a_whole_run(tmp_path: Path, sinks: bool) -> None:
     whole = run(tmp_path / "whole", 4, sinks)

@@ -48,7 +48,7 @@ def test_the_loss_is_that_of_a_teacher_s_pass_and_stays_with_what_it_said(
     expected, _ = yopo.distillation_loss(pupil, alone, **settings)
     assert float(loss) == pytest.approx(float(expected), rel=1e-2)
     with torch.no_grad():
-        pupil.lm_head.weight.mul_(0.5)
+        pupil.get_output_embeddings().weight.mul_(0.5)
     moved, _ = yopo.distillation_loss(pupil, known, temperature=temperature)
     fixed = model()
     p = fixed_logs(fixed, alone) / temperature
@@ -70,7 +70,7 @@ def fixed_logs(teacher: Any, batch: dict[str, Any]) -> torch.Tensor:
 def test_few_likeliest_tokens_are_enough_where_the_rest_is_unlikely() -> None:
     pupil, collate = model(), yopo.AnswerCollator(processor(KIND))
     with torch.no_grad():
-        pupil.lm_head.weight.mul_(4)  # sure of what it says
+        pupil.get_output_embeddings().weight.mul_(4)  # sure of what it says
     found = [
         float(yopo.distillation_loss(pupil, collate(yopo.teach(pupil, rows(), collate, most=k)))[0])
         for k in (VOCAB, 32)

@@ -95,14 +95,14 @@ def test_every_checkpoint_has_the_sinks_as_they_are_then(tmp_path: Path) -> None
 
 def test_after_an_error_the_model_is_as_it_was() -> None:
     model = pruned()
-    model.lm_head.weight.requires_grad_(False)
+    model.get_output_embeddings().weight.requires_grad_(False)
     before = model(**inputs()).logits
     with pytest.raises(KeyError), yopo.trainable_sinks(model) as (a, _):
         a.data += 1
         raise KeyError("stop")
     assert torch.equal(model(**inputs()).logits, before) and yopo.plan_of(model) == plan()
     frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
-    assert frozen == ["lm_head.weight"]
+    assert len(frozen) == 1 and frozen[0].endswith("lm_head.weight")
 
 
 def test_a_plan_put_on_meanwhile_goes_by_the_sinks_that_learn() -> None:
