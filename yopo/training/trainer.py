@@ -101,7 +101,8 @@ class Distilling(Resumable):
 
 
 class DistillationTrainer(Distilling, Trainer):
-    """transformers' Trainer of a model with a plan that is taught by itself without it.
+    """transformers' Trainer of a model with a plan that is taught by itself without it; where all
+    its weights learn, give it rows of `yopo.teach`, or the teacher moves with its pupil.
 
     temperature, weight: as of `distillation_loss`. Evaluation reports the same loss. Stopped and
     resumed, losses go on as they would have. Raises ValueError for another loss (label smoothing,
