@@ -161,7 +161,8 @@ def losses(trainer: Any) -> list[float]:
 
 def test_the_trainer_brings_answers_nearer_and_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
     whole = trainer_of(tmp_path / "whole", 6)
-    whole.train()
+    with pytest.warns(UserWarning, match="once before .rows = yopo.teach"):
+        whole.train()
     assert losses(whole)[-1] < losses(whole)[0]
     begun = trainer_of(tmp_path / "parts", 4)
     begun.train()

@@ -4,18 +4,20 @@ goes on from a checkpoint to the same numbers, and `Distilling`, whose loss is d
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer
 
 from yopo.models.exchange import original_of
 from yopo.models.peft_adapters import PLAN_FILE
 from yopo.models.trained_sinks import is_training_sinks, set_sinks
 from yopo.plan.pruning_plan import PruningPlan
-from yopo.training.distillation import distillation_loss
+from yopo.training.distillation import TAUGHT, distillation_loss
 
 
 class Resumable:
@@ -57,11 +59,13 @@ def _load_rest(model: Any, folder: Path) -> None:
 class Distilling(Resumable):
     """Before a Trainer's class: it trains a model with a plan, taught by itself without it.
 
-    temperature, weight: as of `distillation_loss`. Evaluation reports the same loss. Raises
-    ValueError for another loss (label smoothing, compute_loss_func)."""
+    temperature, weight: as of `distillation_loss`. Evaluation reports the same loss. Warns where
+    the teacher's own weights learn. Raises ValueError for another loss (label smoothing,
+    compute_loss_func)."""
 
     args: Any
     accelerator: Any
+    _asked: bool = False  # whether the teacher stays what it is
 
     def __init__(
         self, *args: Any, temperature: float = 1.0, weight: float = 1.0, **kwargs: Any
@@ -78,6 +82,9 @@ class Distilling(Resumable):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Tensor | tuple[Tensor, Any]:
+        if not self._asked and torch.is_grad_enabled():
+            self._asked = True
+            _warn_of_moving(self.model, inputs)
         # Of a model without them the Trainer itself divides by the batches of a step.
         counts = getattr(self, "model_accepts_loss_kwargs", False)
         num_items = kwargs.get("num_items_in_batch") if counts else None
@@ -98,6 +105,17 @@ class Distilling(Resumable):
             return int(self.args.n_gpu)
         shared = self.get_tp_size() if hasattr(self, "get_tp_size") else 1
         return int(self.accelerator.num_processes // shared)
+
+
+def _warn_of_moving(model: nn.Module, inputs: Any) -> None:
+    adapted = any(hasattr(part, "disable_adapter") for part in model.modules())
+    if TAUGHT[0] in inputs or adapted or is_training_sinks(model):
+        return
+    warnings.warn(
+        "the weights that learn are the teacher's, too, which may get worse with its pupil: ask it "
+        "once before (rows = yopo.teach(model, rows, collator), yopo.AnswerCollator)",
+        stacklevel=4,
+    )
 
 
 class DistillationTrainer(Distilling, Trainer):
