@@ -15,7 +15,6 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-import trainer_script
 import transformers
 from engines import (
     Course,
@@ -227,7 +226,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_script(launch: list[str], checkpoint: Path, output: Path, stage: int) -> None:
-    script = Path(trainer_script.__file__)
+    script = Path(__file__).parents[1] / "support" / "trainer_script.py"
     paths = os.pathsep.join(map(str, (script.parents[2], script.parent)))
     done = subprocess.run(
         [sys.executable, *launch, script, checkpoint, output, str(stage)],

@@ -17,7 +17,7 @@ from random_families import KINDS, make
 from sharded import PICTURE, Setting
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
-import yopo.patch
+import yopo.patch  # noqa: F401
 
 ROWS = [PICTURE, [("image", 0), ("text", 9)], [("text", 2), *PICTURE], [*PICTURE, ("text", 5)]]
 
@@ -69,5 +69,4 @@ def main(checkpoint: str, output: str, stage: str) -> None:
 
 
 if __name__ == "__main__":
-    yopo.patch.enable()
     main(*sys.argv[1:])
