@@ -64,7 +64,10 @@ def finetune(
     moving = not (recipe.use_peft or recipe.train_sinks)
     began = time.perf_counter()
     if recipe.objective == "distill" and recipe.fixed_teacher and moving:
-        rows = yopo.teach(model, rows, collate, batch=args.train_batch_size, progress=main)
+        all_words = model.get_input_embeddings().num_embeddings  # a temperature needs them all
+        most = 64 if recipe.temperature == 1 else all_words
+        batch = args.train_batch_size
+        rows = yopo.teach(model, rows, collate, batch=batch, most=most, progress=main)
     callbacks: list[Any] = [LossPicture()]
     if recipe.tighten_stages > 1:
         steps = args.max_steps if args.max_steps > 0 else steps_of(args, len(rows))

@@ -198,3 +198,11 @@ def test_under_autocast_gradients_come_in_the_types_of_plain_products(kind: str)
     for mine, right in zip(*found, strict=True):
         assert mine.dtype == right.dtype
         assert torch.allclose(mine, right, atol=0.05, rtol=0.05)
+
+
+@every_kind
+def test_autocast_leaves_double_precision_alone(kind: str) -> None:
+    ours, plain, given = inputs(kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        for mine, right in zip(ours(*given), plain(*given), strict=True):
+            assert mine.dtype == right.dtype == torch.float64 and torch.allclose(mine, right)

@@ -191,6 +191,16 @@ def test_another_loss_is_refused_by_the_trainer(tmp_path: Path) -> None:
         trainer_of(tmp_path, 1, smoothing=0.1)
 
 
+def test_gpus_that_one_process_shares_a_batch_among_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 2))
+    with pytest.raises(ValueError, match="one process has 2 GPUs"):
+        trainer_of(tmp_path, 1)
+
+
 def test_a_teacher_drops_nothing_and_modes_are_back() -> None:
     model = yopo.apply(build(KIND), a_plan()).train()
     model.lm_head.eval()

@@ -155,6 +155,19 @@ assert (transformers.Trainer, vars(trainer), dict(vars(transformers.Trainer))) =
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_somebody_s_own_package_of_that_name_runs_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "llava" / "train").mkdir(parents=True)
+    (tmp_path / "llava" / "train" / "mine.py").write_text("print('mine ran')")
+    done = subprocess.run(
+        [sys.executable, "-m", "yopo", "run", "-m", "llava.train.mine"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    assert "mine ran" in done.stdout, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize(
     ("target", "is_so"),
     [

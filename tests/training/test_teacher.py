@@ -30,6 +30,14 @@ def model() -> Any:
     return yopo.apply(build(KIND, VOCAB), a_plan(head_mass="drop", cut_mass="drop"))
 
 
+def collator() -> Any:
+    return yopo.AnswerCollator(processor(KIND))
+
+
+def a_plan_that_prunes_nothing() -> yopo.PruningPlan:
+    return yopo.PruningPlan(torch.ones_like(a_plan().head_keep))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_loss_is_that_of_a_teacher_s_pass_and_stays_with_what_it_said(
     temperature: float,
@@ -67,15 +75,46 @@ def fixed_logs(teacher: Any, batch: dict[str, Any]) -> torch.Tensor:
     return logits[batch["labels"][:, 1:] != -100]
 
 
-def test_few_likeliest_tokens_are_enough_where_the_rest_is_unlikely() -> None:
-    pupil, collate = model(), yopo.AnswerCollator(processor(KIND))
-    with torch.no_grad():
-        pupil.get_output_embeddings().weight.mul_(4)  # sure of what it says
-    found = [
-        float(yopo.distillation_loss(pupil, collate(yopo.teach(pupil, rows(), collate, most=k)))[0])
-        for k in (VOCAB, 32)
-    ]
-    assert found[1] == pytest.approx(found[0], rel=0.1)
+def test_the_rest_of_the_likeliest_tokens_is_one_more_outcome() -> None:
+    """So nothing is left to learn for a pupil that is its teacher, nor tokens to be unlearned."""
+    pupil, collate = yopo.apply(build(KIND, VOCAB), a_plan_that_prunes_nothing()), collator()
+    batch = collate(yopo.teach(pupil, rows(), collate, most=VOCAB // 4))
+    loss, _ = yopo.distillation_loss(pupil, batch)
+    assert abs(float(loss)) < 1e-3
+    with pytest.raises(ValueError, match=f"temperature is 2.0, .* teach with most={VOCAB}"):
+        yopo.distillation_loss(pupil, batch, temperature=2.0)
+
+
+def test_a_teacher_leaves_each_module_in_its_mode_also_when_it_fails() -> None:
+    pupil = model().train()
+    pupil.lm_head.eval()
+    yopo.teach(pupil, rows(), collator())
+
+    def fails(rows: Any) -> Any:
+        raise KeyError("image")
+
+    with pytest.raises(KeyError):
+        yopo.teach(pupil, rows(), fails)
+    assert pupil.training and not pupil.lm_head.training
+
+
+def test_an_adapter_is_off_for_its_teacher_and_learns_as_before() -> None:
+    peft = pytest.importorskip("peft")
+    pupil = peft.get_peft_model(model(), peft.LoraConfig(target_modules=["q_proj"]))
+    frozen = [name for name, _ in pupil.named_parameters() if "lora_A" in name]
+    for name, weight in pupil.named_parameters():
+        if name in frozen:
+            weight.requires_grad_(False)
+        elif "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    learning = [name for name, weight in pupil.named_parameters() if weight.requires_grad]
+    collate = collator()
+    taught = collate(yopo.teach(pupil, rows(), collate, most=VOCAB))
+    loss, _ = yopo.distillation_loss(pupil, taught)
+    alone, _ = yopo.distillation_loss(pupil, collate(rows()))
+    assert float(loss) == pytest.approx(float(alone), rel=1e-2)
+    assert frozen
+    assert learning == [name for name, weight in pupil.named_parameters() if weight.requires_grad]
 
 
 def test_another_collator_s_tokens_are_refused() -> None:

@@ -3,6 +3,7 @@ checkpoint has them as they are, and the model is otherwise what it was."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,3 +187,27 @@ def test_two_processes_average_the_gradients_of_sinks(tmp_path: Path) -> None:
     for number in range(2):
         mean = (alone[0][number] + alone[1][number]) / 2
         assert all(torch.allclose(one[number], mean, atol=1e-5) for one in found)
+
+
+def test_a_block_that_fails_leaves_the_sinks_of_before_also_after_a_save(tmp_path: Path) -> None:
+    model = pruned()
+    with pytest.raises(RuntimeError, match="stopped"), yopo.trainable_sinks(model) as (a, _):
+        with torch.no_grad():
+            a.add_(1)
+        model.save_pretrained(tmp_path)
+        raise RuntimeError("stopped")
+    assert torch.equal(yopo.plan_of(model).sinks.a, some_sinks(KIND).a)
+    assert PruningPlan.from_config(model.config).sinks == yopo.plan_of(model).sinks
+
+
+def test_a_model_is_copied_between_its_steps_and_another_plan_may_be_put_on() -> None:
+    model, without = pruned(), a_plan(head_mass="drop", cut_mass="drop")
+    with yopo.trainable_sinks(model) as (a, _):
+        model(**inputs()).loss.backward()
+        copied = deepcopy(model)
+        with torch.no_grad():
+            a.add_(1)
+            assert not torch.equal(copied(**inputs()).logits, model(**inputs()).logits)
+        with yopo.applied(model, without):
+            model(**inputs())
+    assert torch.equal(yopo.plan_of(model).sinks.a, a.detach())

@@ -45,22 +45,27 @@ def run(arguments: Sequence[str]) -> int:
         raise BadInput(str(error)) from error
     if plan is not None:
         _ask_for(plan)
-    script = import_module("yopo.training.llava_script")
-    if script.is_llava_training(target):
-        script.accommodate()
     sys.argv = words
     if as_module:
         if not _module_exists(target):
             raise BadInput(f"run: no module named {target!r} is installed for {sys.executable}")
+        _accommodate(target)
         runpy.run_module(target, run_name="__main__", alter_sys=True)
     else:
         # `python script.py` puts the script's folder first, `python -m yopo` put the working one.
         if not getattr(sys.flags, "safe_path", False):
             sys.path[0] = str(Path(target).resolve().parent)
+        _accommodate(target)
         runpy.run_path(target, run_name="__main__")
     if plan is not None and import_module("yopo.models.asked_plan").pruned() == 0:
         print(f"yopo: {target} loaded no model that {plan} was put on", file=sys.stderr)
     return 0
+
+
+def _accommodate(target: str) -> None:
+    script = import_module("yopo.training.llava_script")
+    if script.is_llava_training(target):
+        script.accommodate()
 
 
 def _plan_of(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -76,7 +76,10 @@ def _two(
         return F.linear(first, a), F.linear(second, b)
     dtype = autocast_dtype(first.device.type)
     if dtype is not None:
-        first, second, weight = (each.to(dtype) for each in (first, second, weight))
+        first, second, weight = (  # autocast leaves double precision alone
+            each if each.dtype == torch.float64 else each.to(dtype)
+            for each in (first, second, weight)
+        )
     both: tuple[Tensor, Tensor] = _TwoProducts.apply(first, second, weight, heads, size, dim)
     return both
 

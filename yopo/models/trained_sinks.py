@@ -18,6 +18,8 @@ from yopo.plan.config_fields import head_dim
 from yopo.plan.pruning_plan import PruningPlan
 from yopo.plan.sinks import Sinks
 
+_BEFORE = "_yopo_plans_before"
+
 
 @contextmanager
 def trainable_sinks(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
@@ -26,6 +28,7 @@ def trainable_sinks(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Paramet
 
     Every save_pretrained within writes the plan with the sinks as they are then; after the block
     the model's plan has them (unless it was left by an error), and all weights learn that did.
+    Another plan that is put on within goes by these sinks, too, if it has any.
 
     Raises ValueError where no head has a sink, where they are being trained already, and for a
     model shared by processes (tensor parallelism).
@@ -50,7 +53,10 @@ def trainable_sinks(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Paramet
     shape = (*plan.sinks.a.shape, head_dim(decoder.config))
     b = torch.zeros(shape) if plan.sinks.b is None else plan.sinks.b
     made = [nn.Parameter(value.detach().clone().to(device)) for value in (plan.sinks.a, b)]
-    hook = decoder.register_forward_pre_hook(_take_sinks)
+    hooks = (
+        decoder.register_forward_pre_hook(_take_sinks),
+        decoder.register_forward_hook(_leave_sinks, always_call=True),
+    )
     for weight in learning:
         weight.requires_grad_(False)
     for name, parameter in zip(SINK_PARAMETERS, made, strict=True):
@@ -58,8 +64,12 @@ def trainable_sinks(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Paramet
     try:
         yield made[0], made[1]
         settle_sinks(outer)
+    except BaseException:
+        _put(outer, decoder, plan.sinks)  # a save within has settled others
+        raise
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         for name in SINK_PARAMETERS:
             delattr(decoder, name)
         if getattr(decoder, "yopo_plan", None) is not None:  # else it was taken off meanwhile
@@ -73,10 +83,16 @@ def settle_sinks(model: nn.Module) -> None:
     where none are, nothing changes."""
     outer, decoder = _parts(model)
     values = _parameters(decoder)
-    if values is not None and decoder.yopo_plan is not None:
+    plan = getattr(decoder, "yopo_plan", None)
+    if values is not None and plan is not None and plan.sinks is not None:
         a, b = (value.detach().float().cpu() for value in values)
-        plan: PruningPlan = decoder.yopo_plan
-        decoder.yopo_plan = replace(plan, sinks=Sinks(a, b, plan.sinks.tokens))
+        _put(outer, decoder, Sinks(a, b, plan.sinks.tokens))
+
+
+def _put(outer: Any, decoder: Any, sinks: Sinks) -> None:
+    plan: PruningPlan | None = decoder.yopo_plan
+    if plan is not None and plan.sinks is not None:  # else another was put on meanwhile
+        decoder.yopo_plan = replace(plan, sinks=sinks)
         decoder.yopo_plan.save_to(outer.config)
 
 
@@ -94,16 +110,24 @@ def set_sinks(model: nn.Module, sinks: Sinks) -> None:
 
 
 def _parameters(decoder: Any) -> tuple[Tensor, ...] | None:
-    if decoder is None or SINK_PARAMETERS[0] not in decoder._parameters:
+    if decoder is None or not hasattr(decoder, SINK_PARAMETERS[0]):
         return None
-    return tuple(getattr(decoder, name) for name in SINK_PARAMETERS)
+    return tuple(getattr(decoder, name) for name in SINK_PARAMETERS)  # of a replica no parameters
 
 
 def _take_sinks(decoder: Any, args: Any) -> None:
     """Before each forward: gradients reach the parameters once."""
-    if decoder._yopo_layer_plans is not None:
-        a, b = _parameters(decoder)
-        decoder._yopo_layer_plans = decoder._yopo_layer_plans.with_sinks(a, b)
+    values, plans = _parameters(decoder), decoder._yopo_layer_plans
+    if plans is not None and values is not None and decoder.yopo_plan.sinks is not None:
+        vars(decoder)[_BEFORE] = plans
+        decoder._yopo_layer_plans = plans.with_sinks(*values)
+
+
+def _leave_sinks(decoder: Any, args: Any, output: Any) -> None:
+    """After it: parts of parameters, which have gradients, cannot be copied with a model."""
+    plans = vars(decoder).pop(_BEFORE, None)
+    if plans is not None:
+        decoder._yopo_layer_plans = plans
 
 
 def _parts(model: nn.Module) -> tuple[Any, Any]:

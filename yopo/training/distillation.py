@@ -6,7 +6,7 @@ optimiser and no loop; trainer.py has transformers'.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ IGNORED = -100  # a label that is none, as transformers has it
 # Of the teacher, asked before (teacher.py): (T, k) likeliest tokens at each of a batch's answers'
 # tokens, and their log-probabilities.
 TAUGHT = ("taught_ids", "taught_logs")
-_UNLIKELY = -1e4  # finite: 0 * inf is not a number
+_TOO_LITTLE = 1e-6  # of a distribution: what rounding leaves of 1
 
 
 def distillation_loss(
@@ -42,7 +42,8 @@ def distillation_loss(
     moves with them, and may get worse with its pupil: `teach` it once before, or take a weight
     below 1.
 
-    Raises ValueError without labels, for settings that cannot be, for inputs with a cache or fewer
+    Raises ValueError without labels, for settings that cannot be (a temperature other than 1 where
+    `teach` has kept a part of the tokens), for inputs with a cache or fewer
     logits than tokens, and for a model whose logits are not of the labels' tokens (the original
     LLaVA's, which puts image tokens in between).
     """
@@ -60,7 +61,7 @@ def distillation_loss(
     answered = labels[:, 1:] != IGNORED
     taught = None
     if TAUGHT[0] not in inputs:
-        with torch.no_grad(), unpruned(), _in_eval(model), _without_adapters(model):
+        with torch.no_grad(), unpruned(), in_eval(model), without_adapters(model):
             taught = model(**told).logits
     outputs = model(**told)
     logits = outputs.logits
@@ -69,14 +70,12 @@ def distillation_loss(
             f"the model gives logits of {tuple(logits.shape[:2])} tokens for labels of "
             f"{tuple(labels.shape)}: take inputs whose labels have a place for each token"
         )
-    mine = logits[:, :-1][answered]
-    loss = divergence(
-        mine,
-        _known(mine, inputs) if taught is None else taught[:, :-1][answered],
-        labels[:, 1:][answered],
-        temperature=temperature,
-        weight=weight,
-    )
+    mine, right = logits[:, :-1][answered], labels[:, 1:][answered]
+    settings = {"temperature": temperature, "weight": weight}
+    if taught is not None:
+        loss = divergence(mine, taught[:, :-1][answered], right, **settings)
+    else:
+        loss = _from_known(mine, *(inputs[name] for name in TAUGHT), right, **settings)
     loss = loss / (answered.sum().clamp(min=1) if num_items is None else num_items)
     return loss, outputs
 
@@ -94,28 +93,57 @@ def divergence(
     return loss
 
 
-def _known(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-    """Logits (T, V) of what the teacher said before."""
-    ids, logs = (inputs[name].to(logits.device) for name in TAUGHT)
+def _from_known(
+    logits: Tensor, ids: Tensor, logs: Tensor, labels: Tensor, *, temperature: float, weight: float
+) -> Tensor:
+    """`divergence` from what the teacher said before: (T, k) tokens and their log-probabilities.
+    All tokens beside these are one more outcome, of what is left of its distribution.
+
+    Raises ValueError for other tokens than were asked for, and where a temperature would need what
+    was not kept."""
+    ids, logs = ids.to(logits.device).long(), logs.to(logits.device).float()
     if len(ids) != len(logits):
         raise ValueError(
             f"the teacher was asked for {len(ids)} tokens of answers, labels have {len(logits)}: "
             "teach and train with the same collator"
         )
-    unlikely = torch.full(logits.shape, _UNLIKELY, device=logits.device)
-    return unlikely.scatter(1, ids.long(), logs.float())
+    if ids.shape[1] == logits.shape[1]:
+        said = torch.zeros_like(logits, dtype=torch.float32).scatter(1, ids, logs)
+        return divergence(logits, said, labels, temperature=temperature, weight=weight)
+    if temperature != 1:
+        raise ValueError(
+            f"temperature is {temperature}, and of the teacher's answers only the {ids.shape[1]} "
+            f"likeliest tokens of {logits.shape[1]} are known, at 1: teach with most="
+            f"{logits.shape[1]}, or take temperature 1"
+        )
+    q, p = logits.float().log_softmax(-1), logs.exp()
+    left = (1 - p.sum(-1)).clamp(min=_TOO_LITTLE)
+    others = q.scatter(1, ids, -torch.inf).logsumexp(-1)
+    loss = (p * (logs - q.gather(1, ids))).sum() + (left * (left.log() - others)).sum()
+    return weight * loss + (1 - weight) * F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 _OF_ANSWERING = ("past_key_values", "logits_to_keep", "num_logits_to_keep")
 
 
-def _without_adapters(model: nn.Module) -> AbstractContextManager[Any]:
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Of a PeftModel. What learns is the same afterwards: peft has all adapters learn then."""
     adapted = next((part for part in model.modules() if hasattr(part, "disable_adapter")), None)
-    return nullcontext() if adapted is None else adapted.disable_adapter()
+    if adapted is None:
+        yield
+        return
+    learning = [(weight, weight.requires_grad) for weight in model.parameters()]
+    try:
+        with adapted.disable_adapter():
+            yield
+    finally:
+        for weight, learns in learning:
+            weight.requires_grad_(learns)
 
 
 @contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
+def in_eval(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -41,22 +41,29 @@ def accommodate() -> None:
     if added:
         trainer_module.ALL_LAYERNORM_LAYERS = [nn.LayerNorm, LlamaRMSNorm]
     try:
-        module = import_module(TRAINER)
+        module, models = import_module(TRAINER), import_module(MODELS)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{TRAINER}.{MODELS}".startswith(error.name):
+            raise
+        return  # somebody's own package of that name
     finally:
         transformers.Trainer = Trainer
         if added:
             del trainer_module.ALL_LAYERNORM_LAYERS
     _take_a_dataset(module.LLaVATrainer)
-    for model in vars(import_module(MODELS)).values():
+    for model in vars(models).values():
         if isinstance(model, type) and issubclass(model, transformers.PreTrainedModel):
             _load_in_float32(model)
 
 
 def _knows_this_transformers() -> bool:
     """From 4.46 on, bit by bit, what it passes and imports is no more."""
-    return hasattr(trainer_module, "ALL_LAYERNORM_LAYERS") and not inspect.signature(
-        Trainer._get_train_sampler
-    ).parameters.keys() - {"self"}
+    sampler, save = (
+        inspect.signature(method).parameters
+        for method in (Trainer._get_train_sampler, Trainer._save_checkpoint)
+    )
+    named = hasattr(trainer_module, "ALL_LAYERNORM_LAYERS")
+    return named and "train_dataset" not in sampler and "metrics" in save
 
 
 class TrainerOfThatTime(Trainer):

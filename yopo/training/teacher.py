@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import trange
 
 from yopo.models.unpruned import unpruned
-from yopo.training.distillation import IGNORED, TAUGHT
+from yopo.training.distillation import IGNORED, TAUGHT, in_eval, without_adapters
 
 
 @torch.no_grad()
@@ -25,19 +25,19 @@ def teach(
     most: int = 64,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
-    """`rows`, each with what `model` says without its plan at the tokens of its answer: the `most`
-    likeliest tokens there and their log-probabilities. `AnswerCollator` puts them into batches,
-    and `distillation_loss` takes them in place of a teacher's pass.
+    """`rows`, each with what `model` says without its plan, and its adapters if it has any, at the
+    tokens of its answer: the `most` likeliest tokens there and their log-probabilities.
+    `AnswerCollator` puts them into batches, and `distillation_loss` takes them in place of a
+    teacher's pass.
 
-    collate: as of the training. batch: rows that go through the model at once. They hold 6 bytes
-    for each token and likeliest one.
+    collate: as of the training. batch: rows that go through the model at once. most: a temperature
+    other than 1 needs all tokens. They hold 6 bytes for each token and likeliest one.
     """
-    device, training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     made: list[dict[str, Any]] = []
-    model.eval()
-    with unpruned():
+    with unpruned(), in_eval(model), without_adapters(model):
         for first in trange(0, len(rows), batch, desc="teacher", disable=not progress):
-            asked = rows[first : first + batch]
+            asked = [rows[at] for at in range(first, min(first + batch, len(rows)))]
             inputs = {name: value.to(device) for name, value in collate(asked).items()}
             labels = inputs.pop("labels")[:, 1:]
             logits = model(**inputs, use_cache=False).logits[:, :-1]
@@ -46,5 +46,4 @@ def teach(
                 likeliest, ids = answer.topk(min(most, answer.shape[-1]))
                 found = ids.int().cpu().numpy(), likeliest.half().cpu().numpy()
                 made.append({**row, **dict(zip(TAUGHT, found, strict=True))})
-    model.train(training)
     return made

@@ -77,6 +77,12 @@ class Distilling(Resumable):
                 "label_smoothing_factor or compute_loss_func is given, but the loss is "
                 "distillation's: leave it out, or take transformers' own Trainer"
             )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process has {self.args.n_gpu} GPUs, among which torch's DataParallel shares "
+                "a batch in threads that a plan cannot be switched off for: start one process for "
+                "each (torchrun, accelerate launch)"
+            )
         self.temperature, self.weight = temperature, weight
 
     def compute_loss(
@@ -101,8 +107,6 @@ class Distilling(Resumable):
 
     def _that_count_together(self) -> int:
         """How many processes' items are in num_items_in_batch: gradients are averaged over them."""
-        if self.args.n_gpu > 1:
-            return int(self.args.n_gpu)
         shared = self.get_tp_size() if hasattr(self, "get_tp_size") else 1
         return int(self.accelerator.num_processes // shared)
 
