@@ -157,6 +157,8 @@ assert (transformers.Trainer, vars(trainer), dict(vars(transformers.Trainer))) =
 
 def test_somebody_s_own_package_of_that_name_runs_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "llava" / "train").mkdir(parents=True)
+    for folder in (tmp_path / "llava", tmp_path / "llava" / "train"):
+        (folder / "__init__.py").touch()
     (tmp_path / "llava" / "train" / "mine.py").write_text("print('mine ran')")
     done = subprocess.run(
         [sys.executable, "-m", "yopo", "run", "-m", "llava.train.mine"],

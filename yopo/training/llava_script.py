@@ -43,7 +43,7 @@ def accommodate() -> None:
     try:
         module, models = import_module(TRAINER), import_module(MODELS)
     except ModuleNotFoundError as error:
-        if error.name is None or not f"{TRAINER}.{MODELS}".startswith(error.name):
+        if not any(f"{name}.".startswith(f"{error.name}.") for name in (TRAINER, MODELS)):
             raise
         return  # somebody's own package of that name
     finally:
