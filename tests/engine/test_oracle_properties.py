@@ -55,7 +55,7 @@ def test_prefill_is_the_oracles(data: st.DataObject) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_prefill_of_long_texts_is_the_oracles(data: st.DataObject) -> None:
     """They see by `InTurn`, as any text here does that is no shorter than the rest."""
     with patch.object(text_attention, "LONG", 1):
