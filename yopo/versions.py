@@ -142,22 +142,16 @@ def autocast_dtype(kind: str) -> torch.dtype | None:
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Whether it stands for several, under torch.func or is_grads_batched, which cannot write into
-    a part of one. torch has no public function that says so, and of the latter none before 2.2:
-    there it raises."""
+    """Whether it stands for several, under torch.func or is_grads_batched, which write into no part
+    of one. torch has no public function for it, and of the latter none before 2.2: it raises."""
     known = torch._C._functorch
     legacy = getattr(known, "is_legacy_batchedtensor", known.is_batchedtensor)
     return known.is_functorch_wrapped_tensor(tensor) or legacy(tensor)
 
 
 def _is_any_module_hooked() -> bool:
-    known = nn.modules.module
-    return bool(
-        known._global_forward_hooks
-        or known._global_forward_pre_hooks
-        or known._global_backward_hooks
-        or known._global_backward_pre_hooks
-    )
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    return any(vars(nn.modules.module)[f"_global_{kind}_hooks"] for kind in kinds)
 
 
 # Whether there are hooks on all modules; before 2.2 torch had no function for it.
@@ -378,6 +372,16 @@ def nothing_captured() -> Iterator[None]:
         yield
     finally:
         collector.reset(token)
+
+
+def llava_trainer_fits() -> bool:
+    """Whether LLaVA's own Trainer works as it is: bit by bit no more from 4.46 on."""
+    from transformers import trainer  # not at the top: it imports much
+
+    of = (trainer.Trainer._get_train_sampler, trainer.Trainer._save_checkpoint)
+    sampler, save = (inspect.signature(method).parameters for method in of)
+    named = hasattr(trainer, "ALL_LAYERNORM_LAYERS")
+    return named and "train_dataset" not in sampler and "metrics" in save
 
 
 def attention_is_switchable() -> bool:

@@ -5,27 +5,18 @@ end of an answer is not as many tokens as at the beginning, as with this small v
 
 import argparse
 import json
-import random
-from pathlib import Path
 from typing import Any
 
-import easy_vqa
+from questions import drawn
 
 
-def conversations(number: int, seed: int = 0) -> list[dict[str, Any]]:
-    """So many, of as many pictures as there are."""
-    questions, answers, image_ids = easy_vqa.get_train_questions()
-    path_of = easy_vqa.get_train_image_paths()
+def conversations(number: int) -> list[dict[str, Any]]:
+    """So many, of as many questions."""
     made = []
-    for i in random.Random(seed).sample(range(len(questions)), number):
-        said = {"human": f"<image>\n{questions[i]}", "gpt": answers[i]}
-        made.append(
-            {
-                "id": str(i),
-                "image": str(Path(path_of[image_ids[i]]).resolve()),
-                "conversations": [{"from": who, "value": what} for who, what in said.items()],
-            }
-        )
+    for i, image, question, answer in drawn(number):
+        said = {"human": f"<image>\n{question}", "gpt": answer}
+        turns = [{"from": who, "value": what} for who, what in said.items()]
+        made.append({"id": str(i), "image": image, "conversations": turns})
     return made
 
 

@@ -5,9 +5,18 @@ which are those of --split test."""
 import argparse
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import easy_vqa
+
+
+def drawn(number: int, split: str = "train") -> Iterator[tuple[int, str, str, str]]:
+    """So many: place among the split's questions, path of the image, question, answer."""
+    questions, answers, image_ids = getattr(easy_vqa, f"get_{split}_questions")()
+    path_of = getattr(easy_vqa, f"get_{split}_image_paths")()
+    for i in random.Random(0).sample(range(len(questions)), number):
+        yield i, str(Path(path_of[image_ids[i]]).resolve()), questions[i], answers[i]
 
 
 def main() -> None:
@@ -15,11 +24,8 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=200, help="of questions (200)")
     parser.add_argument("--split", choices=("train", "test"), default="train", help="(train)")
     told = parser.parse_args()
-    questions, answers, image_ids = getattr(easy_vqa, f"get_{told.split}_questions")()
-    path_of = getattr(easy_vqa, f"get_{told.split}_image_paths")()
-    for i in random.Random(0).sample(range(len(questions)), told.number):
-        image = str(Path(path_of[image_ids[i]]).resolve())
-        print(json.dumps({"image": image, "question": questions[i], "answer": answers[i]}))
+    for _, image, question, answer in drawn(told.number, told.split):
+        print(json.dumps({"image": image, "question": question, "answer": answer}))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ LLaVA's files; which programs want it is run_program.py's business.
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +17,8 @@ from torch import nn
 from transformers import Trainer
 from transformers import trainer as trainer_module
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from yopo.versions import llava_trainer_fits
 
 TRAINER = "llava.train.llava_trainer"
 MODELS = "llava.model"
@@ -34,7 +35,7 @@ def is_llava_training(target: str) -> bool:
 def accommodate() -> None:
     """Has llava.train.llava_trainer work with this transformers. Does nothing where it does so by
     itself, or where it was imported before."""
-    if TRAINER in sys.modules or _knows_this_transformers():
+    if TRAINER in sys.modules or llava_trainer_fits():
         return
     transformers.Trainer = TrainerOfThatTime
     added = not hasattr(trainer_module, "ALL_LAYERNORM_LAYERS")
@@ -54,16 +55,6 @@ def accommodate() -> None:
     for model in vars(models).values():
         if isinstance(model, type) and issubclass(model, transformers.PreTrainedModel):
             _load_in_float32(model)
-
-
-def _knows_this_transformers() -> bool:
-    """From 4.46 on, bit by bit, what it passes and imports is no more."""
-    sampler, save = (
-        inspect.signature(method).parameters
-        for method in (Trainer._get_train_sampler, Trainer._save_checkpoint)
-    )
-    named = hasattr(trainer_module, "ALL_LAYERNORM_LAYERS")
-    return named and "train_dataset" not in sampler and "metrics" in save
 
 
 class TrainerOfThatTime(Trainer):
